@@ -1,0 +1,36 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check lock models
+
+demo: .venv/installed  ## the whole chain on tiny models, with a report at the end
+	$(BIN)/distill demo
+
+test: .venv/installed  ## checks, unit tests, then the tests on a real local Ray
+	$(BIN)/python -m pytest -m "not ray"
+	$(BIN)/python -m pytest -m ray
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The wheels of $$PIP_FIND_LINKS first, where that is set; otherwise PyTorch's own index of CPU wheels.
+.venv/installed: requirements/cpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet uv==0.13.8
+	if [ -n "$$PIP_FIND_LINKS" ]; then $(BIN)/uv pip install --quiet --no-deps -r requirements/cpu.txt --find-links "$$PIP_FIND_LINKS"; else false; fi \
+		|| $(BIN)/uv pip install --quiet --no-deps -r requirements/cpu.txt --torch-backend=cpu
+	$(BIN)/uv pip install --quiet --no-deps -e .
+	touch $@
+
+lock: .venv/installed  ## requirements/cpu.txt anew from pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/overrides.txt \
+		--python-version 3.11 --no-annotate --no-header --no-emit-find-links --output-file requirements/cpu.txt \
+		$$( [ -n "$$PIP_FIND_LINKS" ] && echo --find-links $$PIP_FIND_LINKS || echo --torch-backend=cpu )
+
+models: .venv/installed  ## the quickstart's data and its two models anew; about an hour on two cores
+	$(BIN)/python -m pipelines.quickstart.returns_desk
+	$(BIN)/python -m pipelines.quickstart.train_models teacher
+	$(BIN)/python -m pipelines.quickstart.train_models student

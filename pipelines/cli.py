@@ -1,0 +1,181 @@
+"""`distill`: one command a stage, and no logic."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.artifact import Artifact
+from pipelines.console import console, say, show_table
+from pipelines.errors import UserError
+from pipelines.lineage import Lineage
+from pipelines.recipe import load_recipe
+
+app = typer.Typer(
+    name="distill",
+    help="Distil a large teacher into small T5 students, step by step.\n\n"
+    "Start with `distill demo`; then `distill run RECIPE` with your own recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's path, or the name of a shipped one.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set student.steps=200. Repeatable."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, though it is done.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Last line on stdout: one JSON object of what was made.")]
+
+
+@app.command()
+def demo(set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
+    """Run the shipped quickstart from source to report: no download, two CPU cores."""
+    run("quickstart", set_, force, json_)
+
+
+@app.command()
+def run(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
+    """Run the whole chain: rationales, dataset, train, evaluate, report."""
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.chain import run_chain
+
+        return [run_chain(line, force)]
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
+def rationales(
+    recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False
+) -> None:
+    """STAGE 1: ask the teacher for a rationale and a label of every example; accept or reject each.
+
+    The teacher is never asked again for what it has answered: --force reads its texts anew.
+    """
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.rationales import build_rationales
+
+        return [build_rationales(line, force)]
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
+def dataset(
+    recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False
+) -> None:
+    """STAGE 2: join examples and accepted rationales into training rows and splits."""
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.dataset import build_dataset
+
+        return [build_dataset(line, force)]
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
+def train(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
+    """STAGE 3: train every student of the recipe with Ray Train and DeepSpeed."""
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.train import train_student
+
+        return [train_student(line, student, force) for student in line.recipe.students()]
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False
+) -> None:
+    """STAGE 4: predict a split with every student; accuracy with its interval."""
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.evaluate import evaluate_students
+
+        return evaluate_students(line, line.recipe.students(), force)
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
+def report(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
+    """STAGE 6: one report.html with the table, the figure, the funnel and the cost."""
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.report import build_report
+
+        return [build_report(line, force)]
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
+def predict(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="The directory of a trained student.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Inputs as the student reads them.")],
+    json_: JsonOption = False,
+) -> None:
+    """Label inputs with a trained student: no teacher, no rationale."""
+    _quiet(json_)
+    from pipelines.predictor import Predictor
+
+    made = Predictor.open(student).predict(inputs)
+    for text, prediction in zip(inputs, made, strict=True):
+        say(f"{prediction.label}\t{prediction.confidence:.3f}\t{text}")
+    if json_:
+        _print_json({"predictions": [{"label": p.label, "confidence": p.confidence} for p in made]})
+
+
+@app.command()
+def doctor(json_: JsonOption = False) -> None:
+    """Check this machine: versions, vLLM, DeepSpeed's compiler, memory, disk, GPUs; say what to do about each lack."""
+    _quiet(json_)
+    from pipelines.doctor import examine
+
+    findings = examine()
+    show_table("This machine", ["", "found", "what to do"], [[f.name, f.found, f.advice or "-"] for f in findings])
+    if json_:
+        _print_json({"ok": all(f.ok for f in findings), "findings": [vars(f) for f in findings]})
+    if not all(f.ok for f in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The console script: exit 0 done, 2 the user's mistake in one sentence, 1 anything else."""
+    try:
+        app()
+    except UserError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _stage(recipe: str, overrides: list[str], json_: bool, work: Callable[[Lineage], list[Artifact]]) -> None:
+    """Load the recipe, do the work, print what was made."""
+    _quiet(json_)
+    line = Lineage(load_recipe(recipe, overrides))
+    made = work(line)
+    if json_:
+        _print_json({"recipe": line.recipe.name, "artifacts": [_summary(artifact) for artifact in made]})
+
+
+def _quiet(json_: bool) -> None:
+    console.stderr = json_  # then stdout is for the JSON alone
+
+
+def _summary(artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest()
+    hidden = {"recipe", "versions", "parents", "history"}
+    return {"uri": artifact.uri, **{k: v for k, v in manifest.items() if k not in hidden}}
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,21 @@
+"""What a person sees: one console, which every stage writes to."""
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table; every column after the first is right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,50 @@
+"""Which rows of the dataset a student learns from: a pure function of the rows and the run."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.recipe import Run
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One row to learn from; without a rationale it teaches its label alone."""
+
+    row_id: str
+    input: str
+    label: str
+    rationale: str | None = None
+
+
+def draw_rows(dataset: Iterable[Row], run: Run) -> list[TrainRow]:
+    """The rows that one student learns from, in the order of their draw.
+
+    `labels: gold` takes the rows with a gold label; `labels: teacher` the rows that a teacher answered, with
+    its label, and never looks at gold. A smaller fraction lies within a larger one of the same seed.
+
+    Returns:
+        Rows with the label, and the first usable rationale where there is one and the arm wants it.
+    """
+    usable = [row for row in dataset if row["label" if run.labels == "gold" else "teacher_label"] is not None]
+    usable.sort(key=lambda row: (position_in_unit(row["row_id"], run.seed), row["row_id"]))
+    drawn = usable[: round(len(usable) * run.fraction)]
+    return [_train_row(row, run) for row in drawn]
+
+
+def position_in_unit(row_id: str, seed: int | str = "") -> float:
+    """A number in [0, 1) that depends on the row and the seed alone."""
+    digest = hashlib.sha256(f"{seed}/{row_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _train_row(row: Row, run: Run) -> TrainRow:
+    if run.labels == "gold":
+        label, fitting = row["label"], (r for r in row["rationales"] if r["accepted"])
+    else:
+        label, fitting = row["teacher_label"], (r for r in row["rationales"] if r["label"] is not None)
+    rationale = next((r["rationale"] for r in fitting), None) if run.arm == "step_by_step" else None
+    return TrainRow(row["row_id"], row["input"], label, rationale)

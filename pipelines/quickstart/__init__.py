@@ -1,0 +1,1 @@
+"""The quickstart's own task, data and tiny models: what `distill demo` runs on, with no download."""

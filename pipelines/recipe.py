@@ -1,0 +1,248 @@
+"""The recipe: one typed, frozen YAML for a whole run. Unknown keys are errors; every key has a default."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pipelines.errors import UserError, explain_invalid
+
+PACKAGE = Path(__file__).parent
+SHIPPED = PACKAGE / "recipes"
+BUILTIN = "builtin:"
+
+Arm = Literal["standard", "step_by_step"]
+LabelSource = Literal["gold", "teacher"]
+Split = Literal["train", "validation", "test", "unlabelled"]
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+_T = TypeVar("_T")
+_OneOrMore = Annotated[tuple[_T, ...], Field(min_length=1), BeforeValidator(_as_list)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Frozen):
+    """Where the examples are. JSON lines, a JSON array, CSV or Parquet; told by the name's ending."""
+
+    root: str = Field(default="", description="folder (or URI) before every relative path of the recipe's data")
+    train: str | None = None
+    validation: str | None = Field(default=None, description="without it, a share of train is held out by row_id")
+    test: str | None = None
+    unlabelled: str | None = Field(default=None, description="inputs without gold labels")
+    limit: int | None = Field(default=None, ge=1, description="at most so many rows of each split, the first ones")
+    validation_share: float = Field(default=0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _some_rows(self) -> Self:
+        if not (self.train or self.unlabelled):
+            raise ValueError("give `train` or `unlabelled`, otherwise there is nothing to distil")
+        return self
+
+    def locate(self, path: str) -> str:
+        """A path of the recipe's data, with `root` before it and `builtin:` resolved."""
+        if path.startswith(BUILTIN) or "://" in path or Path(path).is_absolute() or not self.root:
+            return resolve(path)
+        return f"{resolve(self.root).rstrip('/')}/{path}"
+
+    def files(self) -> dict[Split, str]:
+        """Split name -> located path, for the splits given."""
+        given: dict[Split, str | None] = {
+            "train": self.train,
+            "validation": self.validation,
+            "test": self.test,
+            "unlabelled": self.unlabelled,
+        }
+        return {split: self.locate(path) for split, path in given.items() if path}
+
+
+class Teacher(_Frozen):
+    """Who writes the rationales, and with what resources."""
+
+    engine: Literal["vllm", "outputs"] = "vllm"
+    model: str = Field(default="builtin:quickstart/teacher", description="Hugging Face id, local directory or builtin:")
+    revision: str | None = None
+    splits: tuple[Split, ...] = Field(
+        default=("train", "unlabelled", "test"), description="test only to know the teacher's own accuracy"
+    )
+    outputs: dict[Split, str] = Field(
+        default={}, description="for engine outputs: split -> file or glob of the texts that you have"
+    )
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=256, ge=1, description="new tokens at most; a longer text is rejected as truncated")
+    seed: int = 0
+    # resources: these never change what is written, so they are not part of a key
+    replicas: tuple[int, int] = Field(default=(1, 1), description="[min, max] engines")
+    gpus: int = Field(default=0, ge=0, description="GPUs of one engine; 0 runs vLLM's CPU build")
+    cpus: float = Field(default=1, gt=0, description="CPUs of one engine")
+    batch_size: int = Field(default=64, ge=1)
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    kv_cache_gb: float = Field(default=1.0, gt=0, description="KV cache of one engine on CPU, GiB")
+    engine_args: dict[str, Any] = Field(default={}, description="further arguments of vLLM's engine")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.engine == "outputs" and not self.outputs:
+            raise ValueError("engine outputs needs `outputs`, e.g. {train: 'llm/train_CoT_*.json'}")
+        low, high = self.replicas
+        if not 1 <= low <= high:
+            raise ValueError(f"replicas must be [min, max] with 1 <= min <= max, not [{low}, {high}]")
+        return self
+
+
+class Curate(_Frozen):
+    """Which rationales a student may learn from."""
+
+    on_disagree: Literal["drop", "keep"] = Field(default="drop", description="the teacher's label is not the gold one")
+    min_words: int = Field(default=3, ge=0, description="shorter rationales are rejected as too_short")
+
+
+class Student(_Frozen):
+    """The student and how it is trained."""
+
+    model: str = Field(default="builtin:quickstart/student", description="Hugging Face id, local directory or builtin:")
+    revision: str | None = None
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained", description="random keeps only shape and tokenizer"
+    )
+    alpha: float = Field(default=0.5, ge=0, le=1, description="alpha * label loss + (1 - alpha) * rationale loss")
+    learning_rate: float = Field(default=5e-5, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=64, ge=1, description="examples a step, over all workers")
+    steps: int = Field(default=10_000, ge=1)
+    eval_every: int = Field(default=500, ge=1, description="steps between two looks at validation")
+    max_input_tokens: int = Field(default=1024, ge=8)
+    max_target_tokens: int = Field(default=256, ge=4)
+    dropout: float | None = Field(default=None, ge=0, lt=1, description="default: the model's own")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="T5 overflows in fp16, so that is not offered"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    # resources
+    workers: int = Field(default=1, ge=1)
+    gpus: int = Field(default=0, ge=0, le=1, description="GPUs of one worker")
+    cpus: float = Field(default=1, gt=0, description="CPUs of one worker")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of workers {self.workers}")
+        return self
+
+
+class Run(_Frozen):
+    """One student to train: a point of the grid."""
+
+    arm: Arm
+    labels: LabelSource = "gold"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """E.g. `step_by_step-gold-0.25-seed0`."""
+        return f"{self.arm}-{self.labels}-{self.fraction:.4g}-seed{self.seed}"
+
+
+class Grid(_Frozen):
+    """Students to train: every combination of the values given; one value may stand without brackets."""
+
+    arm: _OneOrMore[Arm] = ("standard", "step_by_step")
+    labels: _OneOrMore[LabelSource] = ("gold",)
+    fraction: _OneOrMore[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=(1.0,), description="share of the labelled rows; smaller ones lie within larger ones"
+    )
+    seed: _OneOrMore[int] = (0,)
+
+    def runs(self) -> list[Run]:
+        return [
+            Run(arm=arm, labels=labels, fraction=fraction, seed=seed)
+            for labels, fraction, arm, seed in itertools.product(self.labels, self.fraction, self.arm, self.seed)
+        ]
+
+
+class Evaluate(_Frozen):
+    """How students are scored."""
+
+    split: Literal["validation", "test"] = "test"
+    batch_size: int = Field(default=64, ge=1)
+    replicas: int = Field(default=1, ge=1)
+    cpus: float = Field(default=1, gt=0)
+    gpus: int = Field(default=0, ge=0)
+    resamples: int = Field(default=2000, ge=100, description="of the bootstrap")
+
+
+class Recipe(_Frozen):
+    """Everything that a run is made of."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")  # a folder's name, so not `..`
+    storage: str = Field(default="runs", description="a folder, or a URI such as s3://bucket/prefix")
+    task: str = Field(description="a shipped task's name, or a path to your own task file")
+    source: Source
+    teacher: Teacher = Teacher()
+    curate: Curate = Curate()
+    student: Student = Student()
+    runs: tuple[Grid, ...] = (Grid(),)
+    evaluate: Evaluate = Evaluate()
+
+    def students(self) -> list[Run]:
+        """The students to train, in order, each once."""
+        return list(dict.fromkeys(run for grid in self.runs for run in grid.runs()))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by the name of a shipped one or from a file, with `key.path=value` overrides.
+
+    Values of overrides are YAML: `--set student.steps=200 --set runs='[{arm: standard}]'`.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key, a wrong type, a malformed override.
+    """
+    shipped = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
+    path = SHIPPED / f"{name_or_path}.yaml" if name_or_path in shipped else Path(name_or_path)
+    if not path.is_file():
+        raise UserError(f"recipe {name_or_path!r} is neither a file nor one of {', '.join(shipped)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping with name, task, source, …")
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(explain_invalid(str(path), Recipe, error)) from error
+
+
+def resolve(path: str) -> str:
+    """A path with `builtin:` replaced by the folder of this package."""
+    return str(PACKAGE / path.removeprefix(BUILTIN)) if path.startswith(BUILTIN) else path
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write it as key.path=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if content.get(parent) is None:  # not there, or left empty in the file
+            content[parent] = {}
+        content = content[parent]
+        if not isinstance(content, dict):
+            raise UserError(f"--set {override}: {parent!r} is a value, not a group of keys")
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error

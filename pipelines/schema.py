@@ -1,0 +1,100 @@
+"""The columns at each hand-over between stages."""
+
+from enum import StrEnum
+
+import pyarrow as pa
+
+
+class Reason(StrEnum):
+    """Why a teacher's text was rejected."""
+
+    ENGINE_ERROR = "engine_error"
+    TRUNCATED = "truncated"
+    UNPARSABLE = "unparsable"
+    LABEL_NOT_IN_SET = "label_not_in_set"
+    DISAGREES_WITH_GOLD = "disagrees_with_gold"
+    OUTVOTED = "outvoted"
+    TOO_SHORT = "too_short"
+    ANSWER_LEAK = "answer_leak"
+    DUPLICATE = "duplicate"
+    INPUT_TOO_LONG = "input_too_long"
+
+
+SPLITS: tuple[str, ...] = ("train", "validation", "test", "unlabelled")
+
+# examples/<key>/examples.parquet: every row of the source once, with the text that models read.
+EXAMPLES = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("split", pa.string()),
+        ("position", pa.int64()),  # the row's place in its source, from 0; only the reference layout joins by it
+        ("input", pa.string()),
+        ("choices", pa.list_(pa.string())),  # of kind row_choice; else null
+        ("label", pa.string()),  # gold; null where unlabelled
+    ]
+)
+
+# generations/<key>/: what the teacher wrote, as it came. Paid for once.
+GENERATIONS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("split", pa.string()),
+        ("sample", pa.int32()),
+        ("teacher", pa.string()),
+        ("prompt_hash", pa.string()),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),  # stop, length, error, or outputs when the text was given
+        ("error", pa.string()),  # the engine's error, else null
+        ("input_tokens", pa.int32()),  # null where unknown
+        ("output_tokens", pa.int32()),
+    ]
+)
+
+# rationales/<key>/accepted.parquet and rejected.parquet
+RATIONALES = pa.schema(
+    [
+        *GENERATIONS,
+        ("rationale", pa.string()),
+        ("label", pa.string()),  # the teacher's; null where it could not be read
+    ]
+)
+REJECTED = pa.schema([*RATIONALES, ("reason", pa.string()), ("detail", pa.string())])
+
+# dataset/<key>/{train,validation,test}.parquet: one row an example. In train it stands with what the
+# teachers said of it; elsewhere that list is empty.
+DATASET = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("input", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("label", pa.string()),  # gold; null where unlabelled
+        ("teacher_label", pa.string()),  # what the teacher answered, never filtered by gold; null if nothing readable
+        (
+            "rationales",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("teacher", pa.string()),
+                        ("sample", pa.int32()),
+                        ("rationale", pa.string()),
+                        ("label", pa.string()),
+                        ("accepted", pa.bool_()),  # false: gold speaks against it, so only labels: teacher may use it
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+# evaluate/<key>/predictions.parquet
+PREDICTIONS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("input", pa.string()),
+        ("label", pa.string()),
+        ("prediction", pa.string()),  # null when what was decoded is no answer of the task
+        ("text", pa.string()),  # what was decoded, or the label that scored best
+        ("confidence", pa.float32()),
+        ("correct", pa.bool_()),
+    ]
+)

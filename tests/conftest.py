@@ -1,0 +1,60 @@
+"""A small run that every stage's tests can start from."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.lineage import Lineage
+from pipelines.recipe import load_recipe
+
+Row = dict[str, Any]
+TASK = {
+    "name": "mood",
+    "input": "{text}",
+    "answer": {"kind": "choice", "labels": ["good", "bad"]},
+    "exemplars": [{"input": {"text": "Fine day."}, "rationale": "A fine day is good.", "label": "good"}],
+}
+ROWS = {
+    "train": [{"text": f"train {n}", "label": ("good", "bad")[n % 2]} for n in range(8)],
+    "validation": [{"text": f"validation {n}", "label": "bad"} for n in range(3)],
+    "test": [{"text": f"test {n}", "label": "good"} for n in range(3)],
+    "unlabelled": [{"text": f"unlabelled {n}"} for n in range(4)],
+}
+
+
+@pytest.fixture
+def make_line(tmp_path: Path) -> Callable[..., Lineage]:
+    """`make_line("student.alpha=0.1", rows={...}, task={...})`: a run with files of its own, where `rows` are the
+    splits that it has, `task` changes keys of the task and `texts` are the teacher's outputs of splits."""
+
+    def make(
+        *overrides: str,
+        rows: dict[str, list[Row]] = ROWS,
+        task: Row | None = None,
+        texts: dict[str, list[Row]] | None = None,
+    ) -> Lineage:
+        for folder in ("teacher", "student"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / "config.json").write_text(json.dumps({"model": folder}))
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump(TASK | (task or {})))
+        for name, content in [*rows.items(), *((f"{split}-texts", t) for split, t in (texts or {}).items())]:
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        teacher: Row = {"model": str(tmp_path / "teacher")}
+        if texts:
+            teacher = {"engine": "outputs", "outputs": {split: f"{split}-texts.jsonl" for split in texts}}
+        recipe = {
+            "name": "small",
+            "storage": str(tmp_path / "runs"),
+            "task": str(tmp_path / "task.yaml"),
+            "source": {"root": str(tmp_path), **{split: f"{split}.jsonl" for split in rows}},
+            "teacher": teacher,
+            "student": {"model": str(tmp_path / "student")},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return Lineage(load_recipe(str(tmp_path / "recipe.yaml"), overrides))
+
+    return make

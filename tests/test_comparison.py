@@ -1,0 +1,258 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipelines.comparison import (
+    Interval,
+    Score,
+    bootstrap,
+    compare_to_teacher,
+    effect_of,
+    judge_labels,
+    judge_rationales,
+    percent,
+    signed,
+    summarise,
+    wilson,
+)
+from pipelines.recipe import Run
+
+RESAMPLES = 1000
+
+
+def outcomes(right: int, rows: int = 100) -> np.ndarray[Any, Any]:
+    """The first `right` rows right, the others wrong."""
+    return np.arange(rows) < right
+
+
+def score(right: Sequence[bool] | np.ndarray[Any, Any], examples: int = 100, **run: Any) -> Score:
+    found = np.asarray(right, dtype=bool)
+    measured = Interval(float(found.mean()), float(found.mean()) - 0.05, float(found.mean()) + 0.05)
+    student = Run(**({"arm": "standard"} | run))
+    return Score(student, found, measured, examples, 80 if student.arm == "step_by_step" else 0)
+
+
+def pair(standard: int, step_by_step: int, rows: int = 100, **run: Any) -> list[Score]:
+    return [
+        score(outcomes(standard, rows), arm="standard", **run),
+        score(outcomes(step_by_step, rows), arm="step_by_step", **run),
+    ]
+
+
+# bootstrap
+
+
+def test_one_student_gets_the_binomial_interval() -> None:
+    found = bootstrap([outcomes(80, 400)[None]], 20_000)
+    low, high = stats.binom.ppf([0.025, 0.975], 400, 0.2) / 400  # what the percentile bootstrap converges to
+    assert found.mean == 0.2
+    assert found.low == pytest.approx(low, abs=0.003)
+    assert found.high == pytest.approx(high, abs=0.003)
+
+
+@pytest.mark.parametrize(("right", "mean"), [(100, 1.0), (0, 0.0)])
+def test_where_nothing_varies_the_interval_is_a_point(right: int, mean: float) -> None:
+    assert bootstrap([np.stack([outcomes(right)] * 3)], RESAMPLES) == (mean, mean, mean)
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    rows = np.random.default_rng(1).random((3, 50)) < 0.7
+    assert bootstrap([rows], RESAMPLES) == bootstrap([rows[:, ::-1]], RESAMPLES)
+
+
+def test_seeds_are_drawn_too() -> None:
+    same, apart = np.stack([outcomes(70)] * 2), np.stack([outcomes(50), outcomes(90)])
+    narrow, wide = bootstrap([same], RESAMPLES), bootstrap([apart], RESAMPLES)
+    assert narrow.mean == wide.mean == 0.7
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_the_variance_between_two_seeds_is_not_understated() -> None:
+    """Rows don't vary here, so only seeds do: drawing 2 of 2 would give half of s²/2."""
+    seeds = np.stack([outcomes(0), outcomes(100)])
+    assert bootstrap([seeds], RESAMPLES) == (0.5, 0.0, 1.0)
+
+
+def test_groups_count_alike_however_many_seeds_they_have() -> None:
+    assert bootstrap([np.stack([outcomes(40)] * 3), outcomes(80)[None]], RESAMPLES).mean == 0.6
+
+
+def test_an_end_that_is_zero_is_exactly_zero() -> None:
+    """Thirds don't add up exactly; 1e-17 above zero would pass for an effect."""
+    nothing = np.zeros((3, 90), dtype=np.int8)
+    nothing[0, 0], nothing[1, 0] = 1, -1
+    assert bootstrap([nothing, nothing, nothing], RESAMPLES).mean == 0.0
+    assert effect_of(bootstrap([nothing[2:]], RESAMPLES)) == "undecided"
+
+
+def test_memory_does_not_grow_with_rows() -> None:
+    found = bootstrap([(np.random.default_rng(0).random((1, 500_000)) < 0.8)], RESAMPLES)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * (0.8 * 0.2 / 500_000) ** 0.5, rel=0.1)
+
+
+# summarise
+
+
+def test_cells_are_grouped_by_all_but_the_seed_and_ordered() -> None:
+    scores = [
+        score(outcomes(60), arm="step_by_step", labels="teacher", examples=900),
+        score(outcomes(50), arm="step_by_step", fraction=0.5, examples=50),
+        score(outcomes(52), arm="step_by_step", fraction=0.5, seed=1, examples=50),
+        score(outcomes(70), arm="standard"),
+        score(outcomes(40), arm="standard", fraction=0.5, examples=50),
+    ]
+    cells = summarise(scores, RESAMPLES)
+    assert [(c.labels, c.fraction, c.arm, c.seeds, c.examples) for c in cells] == [
+        ("gold", 0.5, "standard", (0,), 50),
+        ("gold", 0.5, "step_by_step", (0, 1), 50),
+        ("gold", 1.0, "standard", (0,), 100),
+        ("teacher", 1.0, "step_by_step", (0,), 900),
+    ]
+    assert [c.accuracy.mean for c in cells] == pytest.approx([0.4, 0.51, 0.7, 0.6])
+
+
+def test_one_seed_keeps_the_interval_of_its_evaluation() -> None:
+    assert summarise([score(outcomes(70))], RESAMPLES)[0].accuracy == pytest.approx((0.7, 0.65, 0.75))
+
+
+def test_gain_is_over_standard_with_the_same_labels_and_fraction() -> None:
+    cells = summarise(
+        pair(60, 70) + pair(30, 35, fraction=0.25) + [score(outcomes(9), arm="step_by_step", labels="teacher")],
+        RESAMPLES,
+    )
+    gains = {(c.labels, c.fraction, c.arm): c.gain for c in cells}
+    small, large = gains["gold", 0.25, "step_by_step"], gains["gold", 1.0, "step_by_step"]
+    assert small is not None
+    assert large is not None
+    assert (small.mean, large.mean) == (0.05, 0.1)
+    assert gains["gold", 1.0, "standard"] is None
+    assert gains["teacher", 1.0, "step_by_step"] is None
+
+
+def test_gain_is_paired_by_row() -> None:
+    """Ten rows gained and none lost: much narrower than two accuracies of 100 rows, whose interval would hold zero."""
+    gain = summarise(pair(50, 60), RESAMPLES)[1].gain
+    assert gain is not None
+    assert gain.mean == 0.1
+    assert 0.03 < gain.low < 0.06
+    assert 0.14 < gain.high < 0.18
+
+
+def test_gain_is_over_the_seeds_that_both_have() -> None:
+    scores = [
+        score(outcomes(50), arm="standard", seed=1),
+        score(outcomes(90), arm="step_by_step", seed=0),
+        score(outcomes(56), arm="step_by_step", seed=1),
+    ]
+    gain = summarise(scores, RESAMPLES)[1].gain
+    assert gain is not None
+    assert gain.mean == 0.06
+    assert summarise(scores[:2], RESAMPLES)[1].gain is None
+
+
+# sentences
+
+
+def test_helped() -> None:
+    verdict = judge_rationales(pair(50, 62), RESAMPLES)
+    assert verdict.effect == "helped"
+    assert verdict.sentence.startswith(
+        "Rationales helped here: with 100 gold labels, step_by_step is 12.0 points above standard (95 % interval +"
+    )
+    assert "With one seed a student" in verdict.sentence
+    assert verdict.detail == ""
+
+
+def test_hurt() -> None:
+    verdict = judge_rationales(pair(62, 50), RESAMPLES)
+    assert verdict.effect == "hurt"
+    assert verdict.sentence.startswith("Rationales hurt here: with 100 gold labels, step_by_step is 12.0 points below")
+
+
+def test_undecided() -> None:
+    verdict = judge_rationales(pair(60, 61), RESAMPLES)
+    assert verdict.effect == "undecided"
+    assert "no difference here that the interval can tell apart from zero" in verdict.sentence
+    assert "1.0 points above standard (95 % interval 0.0 to +3.0)" in verdict.sentence
+
+
+def test_no_difference_at_all_is_undecided() -> None:
+    verdict = judge_rationales(pair(60, 60), RESAMPLES)
+    assert verdict.effect == "undecided"
+    assert "level with standard (95 % interval 0.0 to 0.0)" in verdict.sentence
+
+
+def test_one_arm_is_untested() -> None:
+    verdict = judge_rationales([score(outcomes(60), arm="step_by_step")], RESAMPLES)
+    assert (verdict.effect, verdict.difference) == ("untested", None)
+    assert "not tested" in verdict.sentence
+
+
+def test_seeds_that_disagree_make_it_undecided() -> None:
+    """Each seed alone would be a clear effect."""
+    scores = pair(50, 70, seed=0) + pair(60, 50, seed=1)
+    verdict = judge_rationales(scores, RESAMPLES)
+    assert verdict.effect == "undecided"
+    assert "one seed" not in verdict.sentence
+
+
+def test_several_comparisons_are_averaged_and_told_one_by_one() -> None:
+    verdict = judge_rationales(pair(50, 70, fraction=0.5) + pair(70, 60) + pair(80, 80, labels="teacher"), RESAMPLES)
+    assert verdict.difference is not None
+    assert verdict.difference.mean == pytest.approx((0.2 - 0.1 + 0) / 3)
+    assert "averaged over 3 amounts and kinds of labels" in verdict.sentence
+    assert "helped in 1, hurt in 1 and can't be told apart from zero in 1 of 3" in verdict.detail
+
+
+def test_teacher_labels_against_gold_take_the_most_of_each() -> None:
+    scores = [
+        score(outcomes(40), 25, fraction=0.25),
+        score(outcomes(60), 100),
+        score(outcomes(75), 1500, labels="teacher"),
+        score(outcomes(70), 100, arm="step_by_step"),
+        score(outcomes(70), 1500, arm="step_by_step", labels="teacher"),
+    ]
+    better, level = judge_labels(scores, RESAMPLES)
+    assert better.startswith(
+        "With 1,500 teacher labels standard is 15.0 points above what it reaches with 100 gold labels"
+    )
+    assert better.endswith("teacher labels did better.")
+    assert "level with" in level
+    assert level.endswith("which can't be told apart from zero.")
+
+
+def test_gold_labels_alone_say_nothing_of_teacher_labels() -> None:
+    assert judge_labels(pair(50, 60), RESAMPLES) == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"), [(0.9, "20.0 points below the teacher's 90.0 %"), (0.7, "level with the teacher's 70.0 %")]
+)
+def test_the_chosen_student_beside_the_teacher(teacher: float, words: str) -> None:
+    sentence = compare_to_teacher(score(outcomes(70)), Interval(teacher, 0.6, 0.95))
+    assert sentence.startswith("The chosen student is right on 70.0 % (65.0 to 75.0)")
+    assert words in sentence
+
+
+# small things
+
+
+def test_wilson() -> None:
+    assert wilson(0.5, 20) == pytest.approx((0.5, 0.2993, 0.7007), abs=1e-4)
+    assert wilson(1.0, 10).high == 1.0
+    assert wilson(1.0, 10).low == pytest.approx(0.7225, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0123, "+1.2"), (-0.0123, "−1.2"), (0.0, "0.0"), (-0.0004, "0.0"), (0.0004, "0.0"), (1, "+100.0")],
+)
+def test_signed(share: float, text: str) -> None:
+    assert signed(share) == text
+
+
+def test_percent() -> None:
+    assert percent(0.8123) == "81.2"

@@ -1,0 +1,230 @@
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.examples import build_examples, read_examples
+from pipelines.lineage import Lineage
+from pipelines.tasks import Task
+
+Row = dict[str, Any]
+MakeLine = Callable[..., Lineage]
+MOOD = Task.model_validate(
+    {
+        "name": "mood",
+        "input": "{text}",
+        "answer": {"kind": "choice", "labels": ["good", "bad"], "values": {"1": "good", "0": "bad"}},
+    }
+)
+QUIZ = Task.model_validate(
+    {"name": "quiz", "input": "{question}\n{choices}", "answer": {"kind": "row_choice", "choices": "choices"}}
+)
+
+
+def read(
+    tmp_path: Path, rows: list[Row], split: str = "train", task: Task = MOOD, limit: int | None = None
+) -> list[Row]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return list(read_examples(task, str(path), split, limit))
+
+
+def problem(tmp_path: Path, rows: list[Row], split: str = "train", task: Task = MOOD) -> str:
+    """What is said of a file, without the file's name, which must stand first."""
+    with pytest.raises(UserError) as error:
+        read(tmp_path, rows, split, task)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / "rows.jsonl"))
+    assert "\n" not in message
+    return message.removeprefix(str(tmp_path / "rows.jsonl"))
+
+
+def inputs(line: Lineage, split: str) -> list[str]:
+    return [row["input"] for row in line.examples.iter_rows(split)]
+
+
+# a row
+
+
+def test_a_row_becomes_an_example(tmp_path: Path) -> None:
+    assert read(tmp_path, [{"text": " Fine day. ", "label": "Good", "more": 1}]) == [
+        {
+            "row_id": MOOD.row_id("Fine day."),
+            "split": "train",
+            "position": 0,
+            "input": "Fine day.",
+            "choices": None,
+            "label": "good",
+        }
+    ]
+
+
+def test_choices_of_the_row_go_with_it(tmp_path: Path) -> None:
+    row = {"question": "Where?", "choices": ["bank ", "train"], "label": "bank"}
+    made = read(tmp_path, [row], task=QUIZ)[0]
+    assert made["choices"] == ["bank", "train"]
+    assert made["input"] == "Where?\n(a) bank\n(b) train"
+    assert made["label"] == "bank"
+
+
+def test_the_same_text_has_the_same_id_in_every_file_format(tmp_path: Path) -> None:
+    text = 'She said: "no",\tthen left.'
+    (tmp_path / "a.csv").write_text('text,label\n"' + text.replace('"', '""') + '",1\n')
+    (tmp_path / "b.json").write_text(json.dumps([{"text": text, "label": 1}]))
+    pq.write_table(pa.table({"text": [text, "x"], "label": [1, None]}), tmp_path / "c.parquet")
+    made = [next(read_examples(MOOD, str(tmp_path / name), "train")) for name in ("a.csv", "b.json", "c.parquet")]
+    assert made[0] == made[1] == made[2]
+    assert made[0]["label"] == "good"
+
+
+@pytest.mark.parametrize("label", [None, "", "  ", float("nan")])
+def test_train_may_hold_unlabelled_rows(tmp_path: Path, label: object) -> None:
+    assert read(tmp_path, [{"text": "a", "label": label}])[0]["label"] is None
+    assert read(tmp_path, [{"text": "a"}])[0]["label"] is None
+
+
+def test_labels_of_the_unlabelled_split_are_not_looked_at(tmp_path: Path) -> None:
+    assert read(tmp_path, [{"text": "a", "label": "nonsense"}], "unlabelled")[0]["label"] is None
+
+
+def test_a_column_of_integers_with_gaps_is_read_as_labels(tmp_path: Path) -> None:
+    assert [e["label"] for e in read(tmp_path, [{"text": "a", "label": 1.0}, {"text": "b", "label": 0}])] == [
+        "good",
+        "bad",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["Übergröße 🧾 \u202eשלום", "a\x00b", "{text} %s {0}", "<b>&amp;</b>", "\ufffd", "x" * 100_000]
+)
+def test_any_text_is_taken_as_it_is(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, [{"text": text}])[0]["input"] == text
+
+
+def test_a_limit_takes_the_first_rows_and_reads_no_further(tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": "b"}, {"body": "no text"}]
+    assert [e["position"] for e in read(tmp_path, rows, limit=2)] == [0, 1]
+
+
+# what is at fault
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"body": "b", "label": "good"}, "no 'text', which the input of task mood asks for; the row has body, label"),
+        ({"text": None, "label": "good"}, "no 'text'"),
+        ({"text": "b", "label": "grand"}, "label 'grand' is not one of good, bad"),
+        ({"text": "b", "label": 2}, "label '2' is not one of good, bad"),
+        ({"text": " \n", "label": "good"}, "the input is empty"),
+    ],
+)
+def test_a_row_at_fault_is_named(tmp_path: Path, row: Row, said: str) -> None:
+    assert problem(tmp_path, [{"text": "a", "label": "good"}, row]).startswith(f", row 2: {said}")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(("row", "said"), [({}, "no 'label', the label of task mood"), ({"label": ""}, "needs a gold")])
+def test_splits_to_measure_on_need_gold(tmp_path: Path, split: str, row: Row, said: str) -> None:
+    assert said in problem(tmp_path, [{"text": "a", **row}], split)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"choices": "bank, train"}, "must be a list of 2 to 26 choices"),
+        ({"choices": ["bank"]}, "must be a list of 2 to 26 choices"),
+        ({"choices": ["bank", "train"], "label": "ship"}, "label 'ship' is not one of bank, train"),
+    ],
+)
+def test_choices_at_fault_are_named(tmp_path: Path, row: Row, said: str) -> None:
+    assert said in problem(tmp_path, [{"question": "Where?", **row}], task=QUIZ)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test", "unlabelled"])
+def test_an_empty_source_is_refused(tmp_path: Path, split: str) -> None:
+    assert problem(tmp_path, [], split) == f": no rows; {split} can't be empty"
+
+
+# the artefact
+
+
+def test_every_split_is_written_with_its_counts(make_line: MakeLine) -> None:
+    line = make_line()
+    counts = build_examples(line).manifest()["counts"]
+    assert {split: (count["read"], count["kept"]) for split, count in counts.items()} == {
+        "train": (8, 8),
+        "validation": (3, 3),
+        "test": (3, 3),
+        "unlabelled": (4, 4),
+    }
+    assert inputs(line, "unlabelled") == [f"unlabelled {n}" for n in range(4)]
+
+
+def test_a_repeated_input_is_kept_once_and_counted(make_line: MakeLine) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "Schöner  Tag") for form in ("NFC", "NFD"))
+    rows = {
+        "train": [{"text": text, "label": "good"} for text in ("a b", " a   b\n", nfc, nfd, "A b")],
+        "test": [{"text": "t", "label": "good"}],
+    }
+    line = make_line(rows=rows)
+    assert build_examples(line).manifest()["counts"]["train"] == {
+        "read": 5,
+        "kept": 3,
+        "duplicates": 2,
+        "in_another_split": 0,
+        "unlabelled": 0,
+    }
+    assert inputs(line, "train") == ["a b", nfc, "A b"]
+    assert [row["position"] for row in line.examples.iter_rows("train")] == [0, 2, 4]
+
+
+def test_what_is_tested_is_not_trained_on(make_line: MakeLine, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {
+        "train": [{"text": text, "label": "good"} for text in ("both", "held out", "train")],
+        "validation": [{"text": text, "label": "good"} for text in ("both", "held out")],
+        "test": [{"text": "both", "label": "bad"}],
+        "unlabelled": [{"text": text} for text in ("both", "train", "pool")],
+    }
+    line = make_line(rows=rows)
+    counts = build_examples(line).manifest()["counts"]
+    assert {split: inputs(line, split) for split in rows} == {
+        "train": ["train"],
+        "validation": ["held out"],
+        "test": ["both"],
+        "unlabelled": ["pool"],
+    }
+    assert {split: count["in_another_split"] for split, count in counts.items()} == {
+        "train": 2,
+        "validation": 1,
+        "test": 0,
+        "unlabelled": 2,
+    }
+    assert "train: 1 rows; 2 stand in another split and were left out" in capsys.readouterr().out
+
+
+def test_rows_of_train_without_a_label_are_counted(make_line: MakeLine, capsys: pytest.CaptureFixture[str]) -> None:
+    line = make_line(rows={"train": [{"text": "a", "label": "good"}, {"text": "b"}, {"text": "c", "lable": "good"}]})
+    assert build_examples(line).manifest()["counts"]["train"]["unlabelled"] == 2
+    assert "train: 3 rows; 2 have no label" in capsys.readouterr().out
+
+
+def test_a_second_time_nothing_is_read(make_line: MakeLine, capsys: pytest.CaptureFixture[str]) -> None:
+    line = make_line()
+    finished = build_examples(line).manifest()
+    capsys.readouterr()
+    assert build_examples(line).manifest() == finished
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_source_at_fault_leaves_nothing_that_passes_for_done(make_line: MakeLine) -> None:
+    line = make_line(rows={"train": [{"text": "a", "label": "good"}, {"text": "b", "label": "grand"}]})
+    with pytest.raises(UserError, match=r"train\.jsonl, row 2"):
+        build_examples(line)
+    assert not line.examples.done()

@@ -1,0 +1,21 @@
+"""Which way imports run. The layers stand in pyproject.toml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_imports_run_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS
+
+
+@pytest.mark.parametrize("module", ["pipelines.cli", "pipelines.predictor", "pipelines.student", "pipelines.train"])
+def test_importing_it_loads_neither_ray_nor_an_engine(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(bool({{'ray', 'vllm', 'deepspeed'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

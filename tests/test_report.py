@@ -1,0 +1,396 @@
+"""The report over real artefacts, written as the stages write them; no Ray, no model."""
+
+import csv
+import html
+import io
+import json
+import re
+import time
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.artifact import Artifact
+from pipelines.errors import UserError
+from pipelines.lineage import Lineage
+from pipelines.recipe import Recipe, Run
+from pipelines.report import CSV_COLUMNS, build_report, duration
+from pipelines.schema import PREDICTIONS, Reason
+
+ROWS = 200
+FUNNEL = {
+    "train": {"accepted": 70, "disagrees_with_gold": 20, "unparsable": 10},
+    "test": {"accepted": 198, "truncated": 2},
+}
+TEACHER = {"train": {"accuracy": 0.75, "rows": 100}, "test": {"accuracy": 0.84, "rows": ROWS}}
+TWO_ARMS = {"arm": ["standard", "step_by_step"]}
+STANDARD, STEP = Run(arm="standard"), Run(arm="step_by_step")
+
+
+def lineage(tmp_path: Path, runs: list[dict[str, Any]], **keys: Any) -> Lineage:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "a", "label": "refund"}\n', encoding="utf-8")
+    task = tmp_path / "task.yaml"
+    if not task.exists():
+        task.write_text(
+            "name: t\ninput: '{text}'\nanswer: {kind: choice, labels: [refund, decline]}\n", encoding="utf-8"
+        )
+    content = {
+        "name": "small",
+        "storage": str(tmp_path / "runs"),
+        "task": str(task),
+        "source": {"root": str(tmp_path), "train": "train.jsonl", "test": "test.jsonl"},
+        "teacher": {"model": "some/teacher"},
+        "student": {"model": "some/student"},
+        "runs": runs,
+    }
+    return Lineage(Recipe.model_validate(content | keys))
+
+
+def write(
+    line: Lineage,
+    right: Mapping[Run, int],
+    validation: Mapping[Run, float] | None = None,
+    funnel: Mapping[str, Mapping[str, int]] = FUNNEL,
+    teacher: Mapping[str, Mapping[str, float]] = TEACHER,
+) -> Lineage:
+    """All artefacts before the report; of each student the first `right` of 200 rows are right."""
+    finish(line, line.examples, counts={})
+    finish(line, line.generations, rows=300, input_tokens=120_000, output_tokens=9_000)
+    finish(line, line.rationales, funnel=funnel, teacher_accuracy=teacher)
+    finish(line, line.dataset, counts={})
+    for run in line.recipe.students():
+        chosen = (validation or {}).get(run, 0.5)
+        write_student(line, run, chosen)
+        write_evaluation(line, run, right[run])
+    return line
+
+
+def finish(line: Lineage, artifact: Artifact, **facts: Any) -> None:
+    artifact.begin(force=True)
+    artifact.finish(line.snapshot(), [], time.time() - 10, **facts)
+
+
+def write_student(line: Lineage, run: Run, validation: float) -> None:
+    finish(
+        line,
+        line.student(run),
+        run=run.model_dump(),
+        rows=round(100 * run.fraction),
+        rationales=round(70 * run.fraction) if run.arm == "step_by_step" else 0,
+        best={"step": 40, "accuracy": validation},
+        history=[{"step": 40, "accuracy": validation}],
+        train_seconds=7.5,
+        examples_per_second=100.0,
+        parameters=1_234_567,
+        truncated={"inputs": 0, "targets": 0},
+    )
+
+
+def write_evaluation(line: Lineage, run: Run, right: int, rows: int = ROWS) -> None:
+    artifact = line.evaluation(run)
+    artifact.begin(force=True)
+    order = np.random.default_rng(run.seed).permutation(rows)  # replicas write rows in any order
+    table = [
+        {"row_id": f"{row:05d}", "input": "a", "label": "refund", "prediction": "refund", "correct": bool(row < right)}
+        for row in order
+    ]
+    half = rows // 2
+    artifact.write_table("predictions/0", pa.Table.from_pylist(table[:half], schema=PREDICTIONS))
+    artifact.write_table("predictions/1", pa.Table.from_pylist(table[half:], schema=PREDICTIONS))
+    accuracy = right / rows
+    metrics = {"accuracy": accuracy, "low": accuracy - 0.06, "high": accuracy + 0.05, "rows": rows}
+    artifact.finish(
+        line.snapshot(), [], time.time(), run=run.model_dump(), split=line.recipe.evaluate.split, metrics=metrics
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
+    """One seed, both arms, 20 of 200 rows better with rationales; reported on."""
+    right, validation = {STANDARD: 140, STEP: 160}, {STANDARD: 0.8, STEP: 0.7}
+    line = write(lineage(tmp_path_factory.mktemp("small"), [TWO_ARMS]), right, validation)
+    build_report(line)
+    return line
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The report on two fractions."""
+    line = lineage(tmp_path_factory.mktemp("curve"), [TWO_ARMS | {"fraction": [0.5, 1.0]}])
+    return build_report(write(line, dict.fromkeys(line.recipe.students(), 150)))
+
+
+def page_of(artifact: Artifact) -> str:
+    return Path(artifact.path("report.html")).read_text(encoding="utf-8")
+
+
+def words_of(artifact: Artifact) -> str:
+    """What the page says, without its marks."""
+    text = re.sub(r"<(style|svg)\b.*?</\1>", " ", page_of(artifact), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
+
+
+def csv_of(artifact: Artifact) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(Path(artifact.path("results.csv")).read_text(encoding="utf-8"))))
+
+
+def test_the_table_holds_what_was_measured(small: Lineage) -> None:
+    manifest = small.report.manifest()
+    standard, step = manifest["table"]
+    assert standard["accuracy"] == pytest.approx({"mean": 0.7, "low": 0.64, "high": 0.75})
+    assert (standard["gain"], standard["examples"], standard["rationales"], standard["seeds"]) == (None, 100, 0, [0])
+    assert step["accuracy"] == pytest.approx({"mean": 0.8, "low": 0.74, "high": 0.85})
+    assert step["gain"]["mean"] == 0.1
+    # 20 of 200 rows gained, none lost: the percentiles of Binomial(200, 0.1) / 200
+    assert step["gain"]["low"] == pytest.approx(0.06, abs=0.01)
+    assert step["gain"]["high"] == pytest.approx(0.145, abs=0.01)
+    assert manifest["teacher"] == pytest.approx({"mean": 0.84, "low": 0.7828, "high": 0.8844, "rows": ROWS}, abs=1e-3)
+    assert (manifest["split"], manifest["rows"]) == ("test", ROWS)
+    said = words_of(small.report)
+    assert "standard chosen 0 1 70.0 64.0 to 75.0 –" in said
+    assert "step_by_step 70 1 80.0 74.0 to 85.0 +10.0" in said
+    assert "teacher – – 84.0 78.3 to 88.4" in said
+    assert "100 gold labels" in said
+
+
+def test_the_best_is_chosen_on_validation_never_on_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = write(lineage(tmp_path, [TWO_ARMS]), {STANDARD: 100, STEP: 190}, {STANDARD: 0.9, STEP: 0.8})
+    best = build_report(line).manifest()["best"]
+    model = line.student(STANDARD).file_uri("model")
+    assert (best["student"], best["validation_accuracy"], best["model"]) == (STANDARD.name, 0.9, model)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f'distill predict {model} "an input"')
+
+
+def test_csv_has_a_line_a_student_and_one_for_the_teacher(curve: Artifact) -> None:
+    rows = csv_of(curve)
+    assert list(rows[0]) == CSV_COLUMNS
+    assert [(r["kind"], r["arm"], r["fraction"]) for r in rows] == [
+        ("student", "standard", "0.5"),
+        ("student", "step_by_step", "0.5"),
+        ("student", "standard", "1.0"),
+        ("student", "step_by_step", "1.0"),
+        ("teacher", "", ""),
+    ]
+    first, teacher = rows[0], rows[-1]
+    assert (first["examples"], first["rows"], float(first["accuracy"])) == ("50", "200", 0.75)
+    assert (first["best_step"], first["parameters"], first["train_seconds"]) == ("40", "1234567", "7.5")
+    assert (teacher["split"], teacher["rows"], float(teacher["accuracy"])) == ("test", "200", 0.84)
+    assert rows[3]["rationales"] == "70"
+
+
+class Outside(HTMLParser):
+    """Collects whatever a browser would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "iframe", "img", "object", "embed", "base", "form"):
+            self.found.append(tag)
+        for name, value in attrs:
+            local = (value or "").startswith(("#", "data:"))
+            if name in ("src", "href", "xlink:href", "srcset", "action") and not local:
+                self.found.append(f"{tag} {name}={value}")
+            if name.startswith("on"):
+                self.found.append(f"{tag} {name}")
+
+
+def test_the_page_fetches_nothing(small: Lineage) -> None:
+    page = page_of(small.report)
+    parser = Outside()
+    parser.feed(page)
+    assert parser.found == []
+    assert "@import" not in page
+    assert re.findall(r"url\((?!#)[^)]*\)", page) == []
+    assert re.findall(r"https?://[^\"' )]+", page) == []
+    assert page.count("<svg") == 2  # one drawn for desks, one for phones
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_text_of_recipe_and_task_is_escaped(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(
+        "name: t\ndescription: \"<script>alert('x')</script> & ünï \\u202e 衣 🧵\"\n"
+        "input: '{text}'\nanswer: {kind: choice, labels: [refund, decline]}\n",
+        encoding="utf-8",
+    )
+    line = lineage(tmp_path, [TWO_ARMS], teacher={"model": '"><img src=x onerror=y>'})
+    page = page_of(build_report(write(line, {STANDARD: 140, STEP: 150})))
+    parser = Outside()
+    parser.feed(page)
+    assert parser.found == []
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; ünï \u202e 衣 🧵" in page
+    assert "&#34;&gt;&lt;img src=x onerror=y&gt;" in page
+
+
+def test_a_teacher_that_was_not_asked_is_left_out_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = {"train": TEACHER["train"]}
+    line = write(
+        lineage(tmp_path, [TWO_ARMS]), {STANDARD: 140, STEP: 150}, funnel={"train": FUNNEL["train"]}, teacher=teacher
+    )
+    artifact = build_report(line)
+    assert artifact.manifest()["teacher"] is None
+    assert [row["kind"] for row in csv_of(artifact)] == ["student", "student"]
+    said = words_of(artifact)
+    assert "The teacher was not asked for test, so its row is left out." in said
+    assert "the teacher's interval" not in said
+    assert "the teacher was not asked for test" in capsys.readouterr().out
+
+
+def test_one_arm_alone(tmp_path: Path) -> None:
+    artifact = build_report(write(lineage(tmp_path, [{"arm": "standard"}]), {STANDARD: 140}))
+    assert artifact.manifest()["verdict"]["effect"] == "untested"
+    said = words_of(artifact)
+    assert "1 small student " in said
+    assert "Whether rationales helped was not tested" in said
+    assert "rationales not tested" in said
+
+
+def test_two_seeds_are_averaged_and_drawn(tmp_path: Path) -> None:
+    right = {Run(arm="standard", seed=0): 130, Run(arm="standard", seed=1): 150}
+    right |= {Run(arm="step_by_step", seed=0): 150, Run(arm="step_by_step", seed=1): 160}
+    artifact = build_report(write(lineage(tmp_path, [TWO_ARMS | {"seed": [0, 1]}]), right))
+    standard, step = artifact.manifest()["table"]
+    assert standard["seeds"] == [0, 1]
+    assert standard["accuracy"]["mean"] == 0.7
+    assert standard["accuracy"]["low"] < 0.65 < 0.75 < standard["accuracy"]["high"]  # wider than either seed's spread
+    assert step["gain"]["mean"] == 0.075  # (20 + 10) / 2 of 200
+    said = words_of(artifact)
+    assert "hierarchical bootstrap" in said
+    assert "how much another seed would change" not in said
+    assert "Seeds of students: 0, 1." in said
+
+
+def test_one_seed_says_what_its_interval_does_not_show(small: Lineage) -> None:
+    said = words_of(small.report)
+    assert "With one seed a student they do not show how much another seed would change." in said
+    assert "hierarchical" not in said
+
+
+@pytest.mark.parametrize(
+    ("standard", "step", "effect", "words"),
+    [
+        (140, 160, "helped", "Rationales helped here"),
+        (160, 140, "hurt", "Rationales hurt here"),
+        (150, 152, "undecided", "no difference here that the interval can tell apart from zero"),
+    ],
+)
+def test_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], standard: int, step: int, effect: str, words: str
+) -> None:
+    artifact = build_report(write(lineage(tmp_path, [TWO_ARMS]), {STANDARD: standard, STEP: step}))
+    assert artifact.manifest()["verdict"]["effect"] == effect
+    assert words in words_of(artifact)
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_funnel_tells_every_reason(tmp_path: Path) -> None:
+    funnel = {"train": {"accepted": 90} | {reason.value: 1 for reason in Reason}, "unlabelled": {"accepted": 7}}
+    artifact = build_report(write(lineage(tmp_path, [TWO_ARMS]), {STANDARD: 140, STEP: 150}, funnel=funnel))
+    said = words_of(artifact).replace("_ ", "_")
+    assert "asked for 100 7" in said
+    assert "accepted 90 90.0 % 7 100.0 %" in said
+    for reason in Reason:
+        assert reason.value in said
+    assert "no answer could be read from the text 1 1.0 % 0" in said
+
+
+def test_cost_and_provenance(small: Lineage) -> None:
+    said = words_of(small.report)
+    assert "300 texts; 120,000 tokens in, 9,000 out" in said
+    assert "2 students; 15 s of it in training steps" in said
+    for key in (small.generations.key, small.dataset.key, small.student(STEP).key, small.evaluation(STEP).key):
+        assert key in said
+    assert small.report.manifest()["evaluations"] == {run.name: small.evaluation(run).key for run in (STANDARD, STEP)}
+    assert "some/student" in said
+
+
+def test_given_outputs_have_no_tokens(tmp_path: Path) -> None:
+    (tmp_path / "texts.json").write_text('["So the answer is refund."]', encoding="utf-8")
+    teacher = {"engine": "outputs", "outputs": {"train": "texts.json"}}
+    said = words_of(build_report(write(lineage(tmp_path, [TWO_ARMS], teacher=teacher), {STANDARD: 140, STEP: 150})))
+    assert "given and not generated here" in said
+    assert "tokens in" not in said
+    assert "tokens a second" not in said
+
+
+def test_validation_as_the_split_is_said_to_flatter(tmp_path: Path) -> None:
+    line = lineage(tmp_path, [TWO_ARMS], evaluate={"split": "validation"})
+    said = words_of(build_report(write(line, {STANDARD: 140, STEP: 150})))
+    assert "these accuracies flatter the students" in said
+    assert "had no part in the choice" not in said
+
+
+def test_figures(curve: Artifact) -> None:
+    svg = Path(curve.path("accuracy.svg")).read_text(encoding="utf-8")
+    for text in (
+        "labelled examples learnt from",
+        "right on test, %",
+        "standard, gold labels",
+        "teacher",
+        ">50<",
+        ">100<",
+    ):
+        assert text in svg
+    assert Path(curve.path("accuracy.png")).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_artefacts_make_the_same_files(tmp_path: Path) -> None:
+    line = lineage(tmp_path, [TWO_ARMS | {"seed": [0, 1]}])
+    write(line, dict.fromkeys(line.recipe.students(), 150))
+    artifact = build_report(line)
+    names = ("report.html", "results.csv", "accuracy.svg")
+    first = {name: Path(artifact.path(name)).read_bytes() for name in names}
+    build_report(line, force=True)
+    assert {name: Path(artifact.path(name)).read_bytes() for name in names} == first
+
+
+def test_done_before_is_skipped_and_shown_again(small: Lineage, capsys: pytest.CaptureFixture[str]) -> None:
+    finished = small.report.manifest()
+    assert build_report(small).manifest() == finished
+    said = capsys.readouterr().out
+    assert "done before, skipped" in said
+    assert "step_by_step" in said
+    assert "80.0 (74.0…85.0)" in said
+
+
+def test_missing_parents_name_the_command(tmp_path: Path) -> None:
+    line = lineage(tmp_path, [TWO_ARMS])
+    with pytest.raises(UserError, match="run `distill train small` first"):
+        build_report(line)
+    for run in (STANDARD, STEP):
+        write_student(line, run, 0.5)
+    write_evaluation(line, STANDARD, 100)
+    with pytest.raises(UserError, match="run `distill evaluate small` first"):
+        build_report(line)
+    write_evaluation(line, STEP, 100)
+    with pytest.raises(UserError, match="run `distill rationales small` first"):
+        build_report(line)
+    assert not line.report.done()
+
+
+def test_predictions_on_other_rows_are_refused(tmp_path: Path) -> None:
+    line = write(lineage(tmp_path, [TWO_ARMS]), {STANDARD: 140, STEP: 150})
+    write_evaluation(line, STEP, 100, rows=ROWS - 1)
+    with pytest.raises(RuntimeError, match="not the rows of the other students"):
+        build_report(line)
+
+
+def test_the_manifest_is_plain_json(small: Lineage) -> None:
+    json.loads(Path(small.report.path("manifest.json")).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.4, "9.4 s"), (59.6, "60 s"), (60, "1 min 0 s"), (231.4, "3 min 51 s"), (7500, "2 h 5 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
