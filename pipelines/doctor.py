@@ -132,11 +132,11 @@ def check_python_headers(folder: Path) -> Finding:
 
 
 def check_ninja(on_path: str | None, beside_python: Path) -> Finding:
+    """`ray_session` puts the folder of this Python on PATH, so beside it will do."""
+    if (beside_python / "ninja").is_file():
+        return Finding("ninja", str(beside_python / "ninja"))
     if on_path:
         return Finding("ninja", on_path)
-    if (beside_python / "ninja").is_file():
-        advice = f"not on PATH: if training says that ninja is not installed, add {beside_python} to PATH"
-        return Finding("ninja", str(beside_python / "ninja"), advice=advice)
     return Finding("ninja", "not installed", False, "DeepSpeed compiles an operator with it: pip install ninja")
 
 

@@ -19,7 +19,7 @@ def explain_invalid(where: str, model: type[BaseModel], error: ValidationError) 
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in first["loc"])
-    more = f" ({len(problems) - 1} more like this)" if len(problems) > 1 else ""
+    more = f" (1 of {len(problems)} problems)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         names = _field_names(model, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)

@@ -7,7 +7,6 @@ too. What the numbers say is computed in `comparison.py`.
 
 import csv
 import io
-import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-import numpy as np
 import yaml
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from pipelines.artifact import Artifact
 from pipelines.comparison import (
@@ -38,6 +33,7 @@ from pipelines.comparison import (
     wilson,
 )
 from pipelines.console import say, show_table
+from pipelines.figure import SIZES, draw, inline, png, svg
 from pipelines.lineage import Lineage
 from pipelines.schema import SPLITS, Reason
 
@@ -47,12 +43,6 @@ CSV_COLUMNS = [
     *"kind arm labels fraction seed examples rationales split rows accuracy low high".split(),
     *"validation_accuracy best_step parameters seconds train_seconds uri".split(),
 ]
-
-_INK = "#767676"  # stands out as much from white as from black; in the page it becomes the text's colour
-_COLOURS = {"standard": "#d97706", "step_by_step": "#2f81f7"}
-_MARKS = {"gold": ("o", "-"), "teacher": ("s", "--")}
-_TEACHER = "teacher"
-_SIZES = {"wide": (7.4, 4.2), "narrow": (3.9, 4.2)}  # inches; the narrow one is for phones
 
 
 @dataclass(frozen=True)
@@ -101,12 +91,13 @@ def build_report(line: Lineage, force: bool = False) -> Artifact:
     if artifact.begin(force):
         start = time.time()
         found = _find(line)
-        figures = {name: _draw(found, size) for name, size in _SIZES.items()}
-        svgs = {name: _svg(figure, salt=name) for name, figure in figures.items()}
+        split = found.best.evaluated["split"]
+        figures = {name: draw(found.cells, found.teacher, split, size) for name, size in SIZES.items()}
+        svgs = {name: svg(figure, salt=name) for name, figure in figures.items()}
         _write(artifact, "report.html", _page(line, parents, found, svgs).encode())
         _write(artifact, "results.csv", _csv(line, found).encode())
         _write(artifact, "accuracy.svg", svgs["wide"].encode())
-        _write(artifact, "accuracy.png", _png(figures["wide"]))
+        _write(artifact, "accuracy.png", png(figures["wide"]))
         artifact.finish(line.snapshot(), parents, start, **_facts(line, found))
     _show(artifact)
     return artifact
@@ -147,99 +138,6 @@ def _read_students(line: Lineage) -> list[Student]:
         )
         students.append(Student(score, artifact, evaluation, trained, evaluated))
     return students
-
-
-# The figure
-
-
-def _draw(found: Findings, size: tuple[float, float]) -> Figure:
-    """Accuracy against labelled examples, on a transparent ground."""
-    with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK}):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-    amounts = sorted({cell.examples for cell in found.cells})
-    low, high = np.log10(amounts[0]), np.log10(amounts[-1])
-    series: dict[tuple[str, str], list[Cell]] = {}
-    for cell in found.cells:
-        series.setdefault((cell.arm, cell.labels), []).append(cell)
-    for place, ((arm, source), cells) in enumerate(series.items()):
-        aside = 10 ** (
-            0.012 * max(high - low, 0.3) * (place - (len(series) - 1) / 2)
-        )  # or error bars lie on one another
-        marker, dash = _MARKS[source]
-        mean, bottom, top = 100 * np.array([cell.accuracy for cell in cells]).T
-        axes.errorbar(
-            [cell.examples * aside for cell in cells],
-            mean,
-            yerr=np.maximum([mean - bottom, top - mean], 0),  # a percentile interval need not hold its mean
-            color=_COLOURS[arm],
-            marker=marker,
-            markersize=6,
-            linestyle=dash,
-            linewidth=1.8,
-            elinewidth=1.2,
-            capsize=3,
-            label=f"{arm}, {source} labels",
-        )
-    if found.teacher:
-        axes.axhspan(100 * found.teacher.low, 100 * found.teacher.high, color=_INK, alpha=0.15, linewidth=0)
-        axes.axhline(100 * found.teacher.mean, color=_INK, linewidth=1.5, label=_TEACHER)
-    axes.set_xscale("log")
-    room = max(0.07 * (high - low), 0.12)
-    axes.set_xlim(10 ** (low - room), 10 ** (high + room))
-    ticks = _apart(amounts, 0.16 * (high - low))
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("labelled examples learnt from")
-    axes.set_ylabel(f"right on {found.best.evaluated['split']}, %")
-    axes.grid(axis="y", color=_INK, alpha=0.25, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_INK)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    handles, labels = axes.get_legend_handles_labels()
-    names = sorted(zip(handles, labels, strict=True), key=lambda pair: pair[1] == _TEACHER)  # students first
-    figure.legend(
-        *zip(*names, strict=True),
-        loc="outside upper left",
-        ncols=2 if size[0] > 6 and len(names) > 1 else 1,
-        frameon=False,
-        labelcolor=_INK,
-        fontsize=9.5,
-    )
-    return figure
-
-
-def _apart(amounts: Sequence[int], gap: float) -> list[int]:
-    """The amounts that can be written side by side, `gap` decades or more apart; the largest is always one."""
-    kept: list[int] = []
-    for amount in reversed(amounts):
-        if not kept or np.log10(kept[-1] / amount) >= gap:
-            kept.append(amount)
-    return kept[::-1]
-
-
-def _svg(figure: Figure, salt: str) -> str:
-    """`salt` keeps the ids of two figures on one page apart, and the same figure's the same."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # addresses of standards; none is needed
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return buffer.getvalue()
-
-
-def _inline(svg: str, label: str) -> Markup:
-    """An SVG as part of the page: as wide as there is room, in the page's own font and text colour."""
-    box = svg.partition('viewBox="')[2].partition('"')[0]
-    drawing = svg.partition("<svg")[2].partition(">")[2].replace(_INK, "currentColor")
-    drawing = re.sub(r"font-family: [^;\"]*", "font-family: inherit", drawing)
-    return Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(box, label) + Markup(drawing)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True, dpi=160)
-    return buffer.getvalue()
 
 
 # The files
@@ -305,7 +203,7 @@ def _page(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dict
         groups=groups,
         compared=compare_to_teacher(found.best.score, found.teacher) if found.teacher else "",
         label_findings=judge_labels([s.score for s in found.students], line.recipe.evaluate.resamples),
-        figures={name: _inline(svg, label) for name, svg in svgs.items()},
+        figures={name: inline(drawn, label) for name, drawn in svgs.items()},
         manifests=manifests,
         splits=[split for split in SPLITS if split in manifests["rationales"]["funnel"]],
         reasons=[r for r in Reason if any(r in count for count in manifests["rationales"]["funnel"].values())],

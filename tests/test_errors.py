@@ -54,7 +54,7 @@ def test_an_unknown_key_like_no_other_comes_with_all_names() -> None:
 
 
 def test_an_unknown_key_goes_before_other_problems() -> None:
-    assert explained(colour=3, color="red") == "my.yaml: unknown key 'color'; did you mean 'colour'? (1 more like this)"
+    assert explained(colour=3, color="red") == "my.yaml: unknown key 'color'; did you mean 'colour'? (1 of 2 problems)"
 
 
 def test_a_wrong_value_is_shown_with_what_was_expected() -> None:

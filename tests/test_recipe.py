@@ -137,7 +137,7 @@ def test_a_group_that_the_file_leaves_empty_can_be_overridden(tmp_path: Path) ->
         (b"name: [", "not readable as YAML"),
         (b"name: \xff", "not readable as YAML"),
         (b"name: a\x00b", "not readable as YAML"),
-        (b"1: a", "1"),
+        (b"1: a", "name: field required"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, said: str) -> None:
