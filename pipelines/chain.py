@@ -2,6 +2,7 @@
 
 from pipelines.artifact import Artifact
 from pipelines.dataset import build_dataset
+from pipelines.errors import UserError
 from pipelines.evaluate import evaluate_students
 from pipelines.lineage import Lineage
 from pipelines.rationales import build_rationales
@@ -16,6 +17,7 @@ def run_chain(line: Lineage, force: bool = False) -> Artifact:
     Raises:
         UserError: whatever a stage finds at fault.
     """
+    _check_whole(line)
     with ray_session():
         build_rationales(line, force)
         build_dataset(line, force)
@@ -23,3 +25,11 @@ def run_chain(line: Lineage, force: bool = False) -> Artifact:
             train_student(line, run, force)
         evaluate_students(line, line.recipe.students(), force)
     return build_report(line, force)
+
+
+def _check_whole(line: Lineage) -> None:
+    """What a late stage would find at fault, before the teacher is paid."""
+    _ = line.report  # its key holds the keys of all stages, so every file and model must be there
+    split = line.recipe.evaluate.split
+    if split == "test" and "test" not in line.recipe.source.files():
+        raise UserError("source.test is not given; give it, or set evaluate.split to validation")

@@ -142,7 +142,12 @@ def doctor(json_: JsonOption = False) -> None:
     from pipelines.doctor import examine
 
     findings = examine()
-    show_table("This machine", ["", "found", "what to do"], [[f.name, f.found, f.advice or "-"] for f in findings])
+    show_table(
+        "This machine",
+        ["", "found", "what to do"],
+        [[f.name, f.found, f.advice or "-"] for f in findings],
+        numbers=False,
+    )
     if json_:
         _print_json({"ok": all(f.ok for f in findings), "findings": [vars(f) for f in findings]})
     if not all(f.ok for f in findings):

@@ -11,11 +11,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table; every column after the first is right-aligned."""
+def show_table(title: str, columns: list[str], rows: list[list[str]], numbers: bool = True) -> None:
+    """A table; columns of numbers, all after the first, are right-aligned."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="right" if number and numbers else "left")
     for row in rows:
         table.add_row(*row)
     console.print(table)

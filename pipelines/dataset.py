@@ -13,7 +13,7 @@ from pipelines.artifact import Artifact
 from pipelines.console import say, show_table
 from pipelines.draw import position_in_unit
 from pipelines.lineage import Lineage
-from pipelines.schema import DATASET, Reason
+from pipelines.schema import DATASET
 from pipelines.tasks import Task
 
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ def build_dataset(line: Lineage, force: bool = False) -> Artifact:
                 writers[name].add(row)
                 counts[name] += 1
                 counts["gold"] += learnt and row["label"] is not None
-                counts["rationale"] += any(r["accepted"] for r in row["rationales"])
+                counts["rationale"] += any(r["reason"] is None for r in row["rationales"])
                 counts["teacher_label"] += row["teacher_label"] is not None
     if carve:
         say(f"  no validation split is given: {counts['validation']:,} rows of train were held out for it, by row_id")
@@ -65,13 +65,13 @@ def _held_out(example: Row, share: float) -> bool:
 
 
 def _by_row(rationales: Artifact) -> dict[str, list[Row]]:
-    """Row id → what teachers said of it that can be read: the accepted, and those that only gold speaks against."""
+    """Row id → what teachers said of it, where a label could be read: accepted, or rejected with the reason."""
     said: dict[str, list[Row]] = {}
     for row in rationales.iter_rows("accepted"):
-        said.setdefault(row["row_id"], []).append({**row, "accepted": True})
+        said.setdefault(row["row_id"], []).append({**row, "reason": None})
     for row in rationales.iter_rows("rejected"):
-        if row["reason"] == Reason.DISAGREES_WITH_GOLD:
-            said.setdefault(row["row_id"], []).append({**row, "accepted": False})
+        if row["label"] is not None:
+            said.setdefault(row["row_id"], []).append(row)
     return said
 
 
@@ -80,9 +80,7 @@ def _dataset_row(task: Task, example: Row, said: Sequence[Row]) -> Row:
     return {
         **example,
         "teacher_label": _first_label(task, ordered, example["choices"]),
-        "rationales": [
-            {key: r[key] for key in ("teacher", "sample", "rationale", "label", "accepted")} for r in ordered
-        ],
+        "rationales": [{key: r[key] for key in ("teacher", "sample", "rationale", "label", "reason")} for r in ordered],
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.recipe import Run
+from pipelines.schema import Reason
 
 Row = dict[str, Any]
 
@@ -42,9 +43,11 @@ def position_in_unit(row_id: str, seed: int | str = "") -> float:
 
 
 def _train_row(row: Row, run: Run) -> TrainRow:
+    fit: list[str | None]
     if run.labels == "gold":
-        label, fitting = row["label"], (r for r in row["rationales"] if r["accepted"])
+        label, fit = row["label"], [None]
     else:
-        label, fitting = row["teacher_label"], (r for r in row["rationales"] if r["label"] is not None)
-    rationale = next((r["rationale"] for r in fitting), None) if run.arm == "step_by_step" else None
+        label, fit = row["teacher_label"], [None, Reason.DISAGREES_WITH_GOLD]  # this arm knows no gold
+    rationales = (r["rationale"] for r in row["rationales"] if r["reason"] in fit)
+    rationale = next(rationales, None) if run.arm == "step_by_step" else None
     return TrainRow(row["row_id"], row["input"], label, rationale)

@@ -99,8 +99,7 @@ class Lineage:
         """
         if not artifact.done():
             raise UserError(
-                f"{artifact.uri}: not there yet; "
-                f"run `distill {command} {self.recipe.name}` first, with the same settings"
+                f"{artifact.uri}: not there yet; run `distill {command}` first, with the same recipe and settings"
             )
         return artifact
 

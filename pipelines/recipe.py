@@ -227,8 +227,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def resolve(path: str) -> str:
-    """A path with `builtin:` replaced by the folder of this package."""
-    return str(PACKAGE / path.removeprefix(BUILTIN)) if path.startswith(BUILTIN) else path
+    """A path with `builtin:` replaced by the folder of this package, and `~` by the user's."""
+    if path.startswith(BUILTIN):
+        return str(PACKAGE / path.removeprefix(BUILTIN))
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

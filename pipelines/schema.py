@@ -78,7 +78,7 @@ DATASET = pa.schema(
                         ("sample", pa.int32()),
                         ("rationale", pa.string()),
                         ("label", pa.string()),
-                        ("accepted", pa.bool_()),  # false: gold speaks against it, so only labels: teacher may use it
+                        ("reason", pa.string()),  # why it was rejected; null when accepted
                     ]
                 )
             ),

@@ -82,18 +82,18 @@ def test_train_holds_labelled_and_unlabelled_rows_with_what_the_teacher_said(mak
         "pool": (None, "good", 1),
     }
     assert train["agreed"]["rationales"] == [
-        {"teacher": "outputs", "sample": 0, "rationale": "Because it is agreed.", "label": "good", "accepted": True}
+        {"teacher": "outputs", "sample": 0, "rationale": "Because it is agreed.", "label": "good", "reason": None}
     ]
 
 
 def test_what_disagrees_with_gold_is_kept_for_students_of_teacher_labels(make_line: MakeLine) -> None:
     disputed = by_input(make_dataset(make_line), "train")["disputed"]
-    assert [r["accepted"] for r in disputed["rationales"]] == [False]
+    assert [r["reason"] for r in disputed["rationales"]] == ["disagrees_with_gold"]
 
 
 def test_disagreement_can_be_kept_for_all(make_line: MakeLine) -> None:
     train = by_input(make_dataset(make_line, ROWS, "curate.on_disagree=keep"), "train")
-    assert [r["accepted"] for r in train["disputed"]["rationales"]] == [True]
+    assert [r["reason"] for r in train["disputed"]["rationales"]] == [None]
 
 
 def test_splits_to_measure_on_carry_nothing_of_the_teacher(make_line: MakeLine) -> None:
@@ -188,7 +188,7 @@ def row(number: int, gold: str | None = "good", said: str | None = "good") -> Ro
         "input": f"text {number}",
         "label": gold,
         "teacher_label": said,
-        "rationales": [rationale | {"accepted": gold in (None, said)}] if said else [],
+        "rationales": [rationale | {"reason": None if gold in (None, said) else "disagrees_with_gold"}] if said else [],
     }
 
 

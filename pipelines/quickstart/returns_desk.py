@@ -21,7 +21,7 @@ from pathlib import Path
 LABELS = ("refund", "replace", "repair", "decline")
 DAYS = {"day": 1, "week": 7, "month": 30, "year": 365}
 LONGEST = {"day": 120, "week": 60, "month": 24, "year": 5}
-SPLITS = {"train": 1000, "validation": 500, "unlabelled": 2000, "test": 1000}
+SPLITS = {"train": 600, "validation": 300, "unlabelled": 1200, "test": 800}
 DATA = Path(__file__).parent / "data"
 
 ITEMS = """kettle toaster blender lamp heater vacuum clock radio camera printer keyboard monitor

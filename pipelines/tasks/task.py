@@ -110,7 +110,8 @@ class Task(_Frozen):
             return None
         choices = row[self.answer.choices]
         if not isinstance(choices, Sequence) or isinstance(choices, str) or not 2 <= len(choices) <= len(LETTERS):
-            raise ValueError(f"{self.answer.choices!r} must be a list of 2 to {len(LETTERS)} choices, not {choices!r}")
+            wanted = f"a list of two or more choices, at most {len(LETTERS)}"
+            raise ValueError(f"{self.answer.choices!r} must be {wanted}, not {choices!r}")
         return [str(c).strip() for c in choices]
 
     def render(self, row: Mapping[str, Any]) -> str:

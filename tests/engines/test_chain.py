@@ -88,7 +88,7 @@ def test_stages_without_their_parents_say_which_command_makes_them(line: Lineage
     from pipelines.train import train_student
 
     other = Lineage(line.recipe.model_copy(update={"storage": line.recipe.storage + "-empty"}))
-    with pytest.raises(UserError, match="distill dataset quickstart"):
+    with pytest.raises(UserError, match="distill dataset"):
         train_student(other, other.recipe.students()[0])
 
 
