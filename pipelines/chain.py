@@ -8,7 +8,7 @@ from pipelines.lineage import Lineage
 from pipelines.rationales import build_rationales
 from pipelines.ray_session import ray_session
 from pipelines.report import build_report
-from pipelines.train import train_student
+from pipelines.train import train_students
 
 
 def run_chain(line: Lineage, force: bool = False) -> Artifact:
@@ -21,8 +21,7 @@ def run_chain(line: Lineage, force: bool = False) -> Artifact:
     with ray_session():
         build_rationales(line, force)
         build_dataset(line, force)
-        for run in line.recipe.students():
-            train_student(line, run, force)
+        train_students(line, line.recipe.students(), force)
         evaluate_students(line, line.recipe.students(), force)
     return build_report(line, force)
 

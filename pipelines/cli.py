@@ -85,9 +85,9 @@ def train(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = Fal
     """STAGE 3: train every student of the recipe with Ray Train and DeepSpeed."""
 
     def work(line: Lineage) -> list[Artifact]:
-        from pipelines.train import train_student
+        from pipelines.train import train_students
 
-        return [train_student(line, student, force) for student in line.recipe.students()]
+        return train_students(line, line.recipe.students(), force)
 
     _stage(recipe, set_, json_, work)
 

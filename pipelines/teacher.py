@@ -67,7 +67,7 @@ def engine_config(teacher: Teacher) -> Any:
 
     on_gpu = teacher.gpus > 0
     arguments: dict[str, Any] = {"enable_prefix_caching": True, "dtype": teacher.dtype, "revision": teacher.revision}
-    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if on_gpu:
         arguments["tensor_parallel_size"] = teacher.gpus
         bundles: list[dict[str, float]] = [{"GPU": 1, "CPU": 1}] * teacher.gpus

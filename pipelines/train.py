@@ -8,77 +8,95 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from pipelines.artifact import Artifact
 from pipelines.console import console, say
-from pipelines.draw import draw_rows
+from pipelines.draw import TrainRow, draw_rows
 from pipelines.errors import UserError
 from pipelines.lineage import Lineage
 from pipelines.ray_session import ray_session
-from pipelines.recipe import Run, resolve
+from pipelines.recipe import Run, Student, resolve
 
 MODEL = "model"
 
 
-def train_student(line: Lineage, run: Run, force: bool = False) -> Artifact:
-    """Train one student, or find it done.
+def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> list[Artifact]:
+    """Train students, as many at once as the cluster has room for; those that were trained before are found done.
 
     Raises:
-        UserError: the dataset is not there, or holds too little for this run.
+        UserError: the dataset is not there, or holds too little for one of the runs.
     """
-    artifact = line.student(run)
     dataset = line.require(line.dataset, "dataset")
-    if not artifact.begin(force):
-        return artifact
+    if next(dataset.iter_rows("validation"), None) is None:
+        raise UserError(f"{dataset.uri}: no validation rows, so no checkpoint can be chosen; give source.validation")
+    artifacts = [line.student(run) for run in runs]
+    for run, artifact in zip(runs, artifacts, strict=True):
+        if force or not artifact.done():
+            _check(run, draw_rows(dataset.iter_rows("train"), run), line.recipe.student.batch_size)
+    todo = [(run, artifact) for run, artifact in zip(runs, artifacts, strict=True) if artifact.begin(force)]
+    if todo:
+        with (
+            ray_session(),
+            _progress([run.name for run, _ in todo], line.recipe.student.steps) as messages,
+            ThreadPoolExecutor(_room(line.recipe.student)) as pool,
+        ):
+            trained = [pool.submit(_train, line, run, artifact, messages) for run, artifact in todo]
+            try:
+                for future in as_completed(trained):
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return artifacts
+
+
+def _train(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> None:
+    """Train one student into its artefact."""
+    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     start = time.time()
     student = line.recipe.student
-    rows = draw_rows(dataset.iter_rows("train"), run)
+    rows = draw_rows(line.dataset.iter_rows("train"), run)
     explained = sum(row.rationale is not None for row in rows)
-    _check(run, len(rows), explained, student.batch_size)
-    if not next(dataset.iter_rows("validation"), None):
-        raise UserError(f"{dataset.uri}: no validation rows, so no checkpoint can be chosen; give source.validation")
     say(f"  {run.name}: {len(rows):,} labels, {explained:,} rationales, {student.steps:,} steps")
-
-    with ray_session(), _progress(run.name, student.steps) as messages:
-        from ray.train import CheckpointConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        trainer = TorchTrainer(
-            _train_loop,
-            train_loop_config={
-                "dataset": dataset,
-                "run": run,
-                "student": student.model_copy(update={"model": resolve(student.model)}),
-                "task": line.task.model_dump(mode="json"),
-                "messages": messages,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=student.workers,
-                use_gpu=student.gpus > 0,
-                resources_per_worker={"CPU": student.cpus, **({"GPU": student.gpus} if student.gpus else {})},
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={
+            "dataset": line.dataset,
+            "run": run,
+            "student": student.model_copy(update={"model": resolve(student.model)}),
+            "task": line.task.model_dump(mode="json"),
+            "messages": messages,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=student.workers,
+            use_gpu=student.gpus > 0,
+            resources_per_worker={"CPU": student.cpus, **({"GPU": student.gpus} if student.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=artifact.uri,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="accuracy", checkpoint_score_order="max"
             ),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=artifact.uri,
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute="accuracy", checkpoint_score_order="max"
-                ),
-            ),
-        )
-        result = trainer.fit()
-        checkpoint, best = max(result.best_checkpoints, key=lambda pair: pair[1]["accuracy"])
-        with checkpoint.as_directory() as folder:
-            artifact.fs.put(f"{folder}/", artifact.path(MODEL) + "/", recursive=True)
+        ),
+    )
+    result = trainer.fit()
+    checkpoint, best = max(result.best_checkpoints, key=lambda pair: pair[1]["accuracy"])
+    with checkpoint.as_directory() as folder:
+        artifact.fs.put(f"{folder}/", artifact.path(MODEL) + "/", recursive=True)
     artifact.fs.rm(artifact.path("ray"), recursive=True)
     artifact.finish(
         line.snapshot(),
-        [dataset],
+        [line.dataset],
         start,
         run=run.model_dump(),
         rows=len(rows),
@@ -87,17 +105,27 @@ def train_student(line: Lineage, run: Run, force: bool = False) -> Artifact:
         **result.return_value,
     )
     say(f"  {run.name}: validation accuracy {best['accuracy']:.4f} at step {best['step']}")
-    return artifact
 
 
-def _check(run: Run, rows: int, explained: int, batch_size: int) -> None:
+def _room(student: Student) -> int:
+    """How many students the cluster can train at once."""
+    import ray
+
+    total = ray.cluster_resources()
+    room = total.get("CPU", 0) // (student.workers * student.cpus)
+    if student.gpus:
+        room = min(room, total.get("GPU", 0) // (student.workers * student.gpus))
+    return max(1, int(room))
+
+
+def _check(run: Run, rows: Sequence[TrainRow], batch_size: int) -> None:
     if not rows:
         raise UserError(f"{run.name}: the dataset has no row with a {run.labels} label")
-    if rows < batch_size:
+    if len(rows) < batch_size:
         raise UserError(
-            f"{run.name}: fraction {run.fraction:g} leaves {rows} rows, fewer than student.batch_size {batch_size}"
+            f"{run.name}: fraction {run.fraction:g} leaves {len(rows)} rows, fewer than student.batch_size {batch_size}"
         )
-    if run.arm == "step_by_step" and not explained:
+    if run.arm == "step_by_step" and all(row.rationale is None for row in rows):
         raise UserError(f"{run.name}: no row has an accepted rationale, so there is nothing to explain; see the funnel")
 
 
@@ -150,7 +178,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         trained += time.time() - began
         done = step + 1
         if rank == 0 and config["messages"] is not None and done % 10 == 0:
-            config["messages"].put_nowait({"step": done, "loss": losses[-1]["loss"]})
+            config["messages"].put_nowait((run.name, done, losses[-1]["loss"]))
         if done % student.eval_every == 0 or done == student.steps:
             right = _count_right(predictor, task, validation, rank, world)
             total = torch.tensor([float(right)], device=device)
@@ -162,12 +190,14 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 _save(engine, tokenizer, task, student, Path(folder), rank)
                 checkpoint = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
                 ray.train.report(metrics, checkpoint=checkpoint)
+    truncated = torch.tensor([collate.truncation.inputs, collate.truncation.targets], device=device)
+    distributed.all_reduce(truncated)
     return {
         "history": history,
         "train_seconds": round(trained, 2),
         "examples_per_second": round(student.steps * student.batch_size / trained, 1),
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
-        "truncated": {"inputs": collate.truncation.inputs, "targets": collate.truncation.targets},
+        "truncated": dict(zip(("inputs", "targets"), map(int, truncated.tolist()), strict=True)),
     }
 
 
@@ -226,27 +256,22 @@ def _means(losses: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _progress(name: str, steps: int) -> Iterator[Any]:
-    """A bar on a terminal, fed by rank 0 through a queue; elsewhere no queue, for nobody would see it."""
+def _progress(names: Sequence[str], steps: int) -> Iterator[Any]:
+    """A bar a student on a terminal, fed by the workers through a queue; elsewhere none, for nobody would see it."""
     if not console.is_terminal:
         yield None
         return
     from ray.util.queue import Queue
 
     messages = Queue(actor_options={"num_cpus": 0})
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
+    columns = ("  {task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[loss]}")
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(name, total=steps, loss="")
+        bars = {name: progress.add_task(name, total=steps, loss="") for name in names}
 
         def follow() -> None:
             while (message := messages.get()) is not None:
-                progress.update(bar, completed=message["step"], loss=f"loss {message['loss']:.3f}")
+                name, step, loss = message
+                progress.update(bars[name], completed=step, loss=f"loss {loss:.3f}")
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()

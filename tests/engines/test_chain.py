@@ -10,6 +10,7 @@ from pipelines.errors import UserError
 from pipelines.lineage import Lineage
 from pipelines.predictor import Predictor
 from pipelines.recipe import PACKAGE, load_recipe
+from pipelines.train import train_students
 
 pytestmark = pytest.mark.ray
 
@@ -85,11 +86,9 @@ def test_a_second_run_skips_everything(line: Lineage, capsys: pytest.CaptureFixt
 
 
 def test_stages_without_their_parents_say_which_command_makes_them(line: Lineage) -> None:
-    from pipelines.train import train_student
-
     other = Lineage(line.recipe.model_copy(update={"storage": line.recipe.storage + "-empty"}))
     with pytest.raises(UserError, match="distill dataset"):
-        train_student(other, other.recipe.students()[0])
+        train_students(other, other.recipe.students())
 
 
 def test_report_stands_by_itself(line: Lineage) -> None:
