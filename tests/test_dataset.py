@@ -124,7 +124,7 @@ def test_every_row_keeps_its_id(make_line: MakeLine) -> None:
 
 
 def test_without_rationales_the_command_that_makes_them_is_named(make_line: MakeLine) -> None:
-    with pytest.raises(UserError, match="run `distill rationales small` first"):
+    with pytest.raises(UserError, match="run `distill rationales` first"):
         build_dataset(make_line())
 
 

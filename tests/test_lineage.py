@@ -215,7 +215,7 @@ def test_a_stage_without_its_parent_says_which_command_makes_it(make_line: MakeL
     with pytest.raises(UserError) as error:
         line.require(line.dataset, "dataset")
     assert str(error.value) == (
-        f"{line.dataset.uri}: not there yet; run `distill dataset small` first, with the same settings"
+        f"{line.dataset.uri}: not there yet; run `distill dataset` first, with the same recipe and settings"
     )
 
 

@@ -364,15 +364,15 @@ def test_done_before_is_skipped_and_shown_again(small: Lineage, capsys: pytest.C
 
 def test_missing_parents_name_the_command(tmp_path: Path) -> None:
     line = lineage(tmp_path, [TWO_ARMS])
-    with pytest.raises(UserError, match="run `distill train small` first"):
+    with pytest.raises(UserError, match="run `distill train` first"):
         build_report(line)
     for run in (STANDARD, STEP):
         write_student(line, run, 0.5)
     write_evaluation(line, STANDARD, 100)
-    with pytest.raises(UserError, match="run `distill evaluate small` first"):
+    with pytest.raises(UserError, match="run `distill evaluate` first"):
         build_report(line)
     write_evaluation(line, STEP, 100)
-    with pytest.raises(UserError, match="run `distill rationales small` first"):
+    with pytest.raises(UserError, match="run `distill rationales` first"):
         build_report(line)
     assert not line.report.done()
 
