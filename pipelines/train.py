@@ -137,7 +137,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     from torch import distributed
 
     from pipelines.predictor import Predictor
-    from pipelines.student import Collator, load_student, multitask_loss, step_rows
+    from pipelines.student import Collator, load_student, multitask_loss, step_rows, task_loss
     from pipelines.tasks import Task
 
     run, student = config["run"], config["student"]
@@ -170,6 +170,9 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         batch = {name: {k: t.to(device) for k, t in part.items()} for name, part in collate(mine).items()}
         with autocast:
             loss, parts = multitask_loss(engine, batch, student.alpha)
+            if student.zero_stage == 3 and run.arm == "step_by_step" and "rationale" not in batch:
+                # ZeRO 3 gathers weights pass by pass, so every worker must run two
+                loss = loss + 0.0 * task_loss(engine, batch["label"])
         if not torch.isfinite(loss):
             raise FloatingPointError(f"step {step}: loss {loss.item()} on rows {[row.row_id for row in mine]}")
         engine.backward(loss)
