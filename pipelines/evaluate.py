@@ -17,13 +17,11 @@ from scipy import stats
 from pipelines.artifact import Artifact
 from pipelines.console import say
 from pipelines.errors import UserError
-from pipelines.lineage import Lineage
+from pipelines.lineage import MODEL, Lineage
 from pipelines.predictor import Predictor
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Run
 from pipelines.schema import PREDICTIONS
-
-MODEL = "model"
 
 
 def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> list[Artifact]:

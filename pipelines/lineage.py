@@ -16,6 +16,7 @@ from pipelines.prompts import prompt_hash, stop_strings
 from pipelines.recipe import BUILTIN, Recipe, Run, resolve
 from pipelines.tasks import Task, load_task
 
+MODEL = "model"  # the folder of the student within a train artefact
 _PROMPTING = {"instruction", "prompt", "exemplars", "stop", "description"}
 _STUDENT_RESOURCES = {"workers", "gpus", "cpus"}
 

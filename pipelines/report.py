@@ -34,11 +34,10 @@ from pipelines.comparison import (
 )
 from pipelines.console import say, show_table
 from pipelines.figure import SIZES, draw, inline, png, svg
-from pipelines.lineage import Lineage
+from pipelines.lineage import MODEL, Lineage
 from pipelines.schema import SPLITS, Reason
 
 TEMPLATE = "report.html.j2"
-MODEL = "model"
 CSV_COLUMNS = [
     *"kind arm labels fraction seed examples rationales split rows accuracy low high".split(),
     *"validation_accuracy best_step parameters seconds train_seconds uri".split(),

@@ -20,11 +20,9 @@ from pipelines.artifact import Artifact
 from pipelines.console import console, say
 from pipelines.draw import TrainRow, draw_rows
 from pipelines.errors import UserError
-from pipelines.lineage import Lineage
+from pipelines.lineage import MODEL, Lineage
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Run, Student, resolve
-
-MODEL = "model"
 
 
 def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> list[Artifact]:
