@@ -30,7 +30,7 @@ lock: .venv/installed  ## requirements/cpu.txt anew from pyproject.toml
 		--python-version 3.11 --no-annotate --no-header --no-emit-find-links --output-file requirements/cpu.txt \
 		$$( [ -n "$$PIP_FIND_LINKS" ] && echo --find-links $$PIP_FIND_LINKS || echo --torch-backend=cpu )
 
-models: .venv/installed  ## the quickstart's data and its two models anew; about an hour on two cores
+models: .venv/installed  ## the quickstart's data and its two models anew; 80 minutes on two busy cores
 	$(BIN)/python -m pipelines.quickstart.returns_desk
 	$(BIN)/python -m pipelines.quickstart.train_models teacher
 	$(BIN)/python -m pipelines.quickstart.train_models student
