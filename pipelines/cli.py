@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -50,17 +51,95 @@ def run(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False
 
 
 @app.command()
+def init(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet.")],
+    input_: Annotated[list[str], typer.Option("--input", metavar="COLUMN", help="What is read. Repeatable.")] = [],
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The gold label.")] = None,
+    labels: Annotated[
+        str, typer.Option(metavar="A,B,C", help="All answers; or the names of 0, 1, 2 …, in order.")
+    ] = "",
+    folder: Annotated[str, typer.Option(help="Where the two files go.")] = ".",
+    name: Annotated[str | None, typer.Option(help="The task's name; by default the file's.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Let this model propose the exemplars' rationales, with vLLM.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of one engine of the teacher.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Look at a file of your own; write a task file and a recipe for it, to be read and mended."""
+    _quiet(json_)
+    from pipelines.init import init_project
+    from pipelines.teacher import proposer
+
+    with proposer(teacher, gpus) as propose:
+        known = labels.split(",") if labels else ()
+        made = init_project(file, input_, label, folder, name, known, teacher, propose, gpus, force)
+    if json_:
+        _print_json(asdict(made))
+
+
+@app.command()
+def preview(
+    recipe: RecipeArgument,
+    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    set_: SetOption = [],
+    json_: JsonOption = False,
+) -> None:
+    """Show a few rows: the prompt, the teacher's raw text, and what was read from it or why not."""
+    line = _load(recipe, set_, json_)
+    from pipelines.preview import preview as show
+
+    made = show(line, rows)
+    if json_:
+        _print_json({"recipe": line.recipe.name, "rows": made})
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    rows: Annotated[int | None, typer.Option(min=1, help="Texts to generate as a sample; they are kept.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0, help="Rows a second of one engine; then none is generated.")
+    ] = None,
+    set_: SetOption = [],
+    json_: JsonOption = False,
+) -> None:
+    """Tell what asking the teacher will take: rows, tokens, hours, money, with a range, before it is paid."""
+    line = _load(recipe, set_, json_)
+    from pipelines.plan import make_plan
+
+    made = make_plan(line, rows, rate)
+    if json_:
+        _print_json({"recipe": line.recipe.name, **made})
+
+
+@app.command()
 def rationales(
-    recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False
+    recipe: RecipeArgument,
+    reasons: Annotated[
+        list[str], typer.Argument(metavar="[REASON]...", help="With --retry-rejected: only these.")
+    ] = [],
+    retry: Annotated[
+        bool, typer.Option("--retry-rejected", help="Ask again for rejected texts, with another seed and temperature.")
+    ] = False,
+    set_: SetOption = [],
+    force: ForceOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """STAGE 1: ask the teacher for a rationale and a label of every example; accept or reject each.
 
-    The teacher is never asked again for what it has answered: --force reads its texts anew.
+    The teacher is never asked again for what it has answered: --force reads its texts anew. A run that was stopped
+    goes on where it was. Ask again for what was rejected: distill rationales RECIPE --retry-rejected unparsable
     """
+    if reasons and not retry:
+        raise UserError(f"rationales: {reasons[0]!r} is no recipe; reasons go with --retry-rejected")
 
     def work(line: Lineage) -> list[Artifact]:
-        from pipelines.rationales import build_rationales
+        from pipelines.rationales import build_rationales, retry_rejected
 
+        if retry:
+            line = retry_rejected(line, reasons)
         return [build_rationales(line, force)]
 
     _stage(recipe, set_, json_, work)
@@ -165,11 +244,15 @@ def main() -> None:
 
 def _stage(recipe: str, overrides: list[str], json_: bool, work: Callable[[Lineage], list[Artifact]]) -> None:
     """Load the recipe, do the work, print what was made."""
-    _quiet(json_)
-    line = Lineage(load_recipe(recipe, overrides))
+    line = _load(recipe, overrides, json_)
     made = work(line)
     if json_:
         _print_json({"recipe": line.recipe.name, "artifacts": [_summary(artifact) for artifact in made]})
+
+
+def _load(recipe: str, overrides: list[str], json_: bool) -> Lineage:
+    _quiet(json_)
+    return Lineage(load_recipe(recipe, overrides))
 
 
 def _quiet(json_: bool) -> None:

@@ -1,5 +1,9 @@
 """What a person sees: one console, which every stage writes to."""
 
+from collections.abc import Iterable
+from typing import TypeVar
+
+from rich import progress
 from rich.console import Console
 from rich.table import Table
 
@@ -9,6 +13,15 @@ console = Console(highlight=False)
 def say(text: str) -> None:
     """A line of progress."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+_T = TypeVar("_T")
+
+
+def track(items: Iterable[_T], what: str, total: int) -> Iterable[_T]:
+    """The items, with a progress bar on a terminal."""
+    hidden = not console.is_terminal
+    return progress.track(items, what, total, console=console, transient=True, disable=hidden)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]], numbers: bool = True) -> None:

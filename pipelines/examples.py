@@ -2,24 +2,43 @@
 
 Reads the recipe's files and writes `<split>/*.parquet` (see `schema.EXAMPLES`). Every row becomes the
 text that teacher and student read, under a row_id made of that text. An input that stands twice is kept
-once and counted; test and validation keep theirs before train, so nothing is tested that was trained on.
+once; test and validation keep theirs before train, so nothing is tested that was trained on. The same goes
+for inputs that nearly repeat another, as far as `source.near_duplicates` says. Rows that are left out are
+counted, and lie in `removed/*.parquet` with the reason.
 """
 
 import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pyarrow as pa
 
 from pipelines.artifact import Artifact
 from pipelines.console import say
+from pipelines.duplicates import Inputs
 from pipelines.errors import UserError
 from pipelines.lineage import Lineage
+from pipelines.query import scratch_database
 from pipelines.recipe import Split
 from pipelines.schema import EXAMPLES
 from pipelines.tasks import Task
 from pipelines.tasks.sources import Row, read_rows
 
 _KEEP_FIRST: tuple[Split, ...] = ("test", "validation", "train", "unlabelled")
+_COUNTED = ("read", "kept", "duplicates", "in_another_split", "near_duplicates", "near_leaks", "unlabelled")
+_FEW = 20  # among fewer rows, a half of repeats says nothing
+
+# examples/<key>/removed/: rows of the source that stand in no split
+REMOVED = pa.schema(
+    [
+        *(EXAMPLES.field(name) for name in ("row_id", "split", "position", "input")),
+        ("reason", pa.string()),  # duplicates, in_another_split, near_duplicates, near_leaks: the names of the counts
+        ("of_row_id", pa.string()),  # the row that it repeats
+        ("similarity", pa.float32()),
+    ]
+)
 
 
 def build_examples(line: Lineage, force: bool = False) -> Artifact:
@@ -27,24 +46,55 @@ def build_examples(line: Lineage, force: bool = False) -> Artifact:
 
     Raises:
         UserError: a file is missing or unreadable, a row lacks a field, a label is outside the set, a
-            split is empty.
+            split is empty, or all rows of a split make the same input.
     """
     artifact = line.examples
     if not artifact.begin(force):
         return artifact
     start = time.time()
-    seen: dict[str, str] = {}
-    counts: dict[str, dict[str, int]] = {}
-    files = line.recipe.source.files()
-    for split in (s for s in _KEEP_FIRST if s in files):
-        count: Counter[str] = Counter(read=0, kept=0, duplicates=0, in_another_split=0, unlabelled=0)
-        examples = read_examples(line.task, files[split], split, line.recipe.source.limit)
-        with artifact.writer(split, EXAMPLES) as kept:
-            for example in _without_repeats(examples, seen, count):
-                kept.add(example)
-        counts[split] = dict(count)
+    source = line.recipe.source
+    files = {split: path for split in _KEEP_FIRST if (path := source.files().get(split))}
+    counts = {split: Counter(dict.fromkeys(_COUNTED, 0)) for split in files}
+    with ExitStack() as open_files:
+        writers = {split: open_files.enter_context(artifact.writer(split, EXAMPLES)) for split in files}
+        removed = open_files.enter_context(artifact.writer("removed", REMOVED))
+        database = open_files.enter_context(scratch_database())
+        inputs = Inputs(database, source.near_duplicates, source.near_duplicate_similarity)
+
+        def remove(row: Row, reason: str, of_row_id: str, similarity: float) -> None:
+            counts[row["split"]][reason] += 1
+            removed.add({**row, "reason": reason, "of_row_id": of_row_id, "similarity": similarity})
+
+        for split, path in files.items():
+            first, differs = None, False
+            for row in read_examples(line.task, path, split, source.limit):
+                counts[split]["read"] += 1
+                first = first or row["row_id"]
+                differs = differs or row["row_id"] != first
+                stands_in = inputs.add(row)
+                if stands_in is not None:
+                    reason = "duplicates" if stands_in == split else "in_another_split"
+                    remove(row, reason, row["row_id"], 1.0)
+            if counts[split]["read"] > 1 and not differs:
+                raise UserError(
+                    f"{path}: all {counts[split]['read']:,} rows make the same input; `input` of task {line.task.name} "
+                    "shows nothing of the rows that differs, so put the columns into it that tell them apart"
+                )
+        for row, repeat in inputs.rows():
+            if repeat is not None:
+                reason = "near_leaks" if repeat.leak else "near_duplicates"
+                remove(row, reason, repeat.of_row_id, repeat.similarity)
+                continue
+            writers[row["split"]].add(row)
+            counts[row["split"]]["kept"] += 1
+            counts[row["split"]]["unlabelled"] += row["label"] is None
+    for split, count in counts.items():
         say(f"  {split}: {count['kept']:,} rows" + _remarks(split, count))
-    artifact.finish(line.snapshot(), [], start, counts=counts)
+        if count["read"] >= _FEW and count["duplicates"] > count["read"] / 2:
+            say(f"  {split}: more than half of the rows repeat another; does `input` show all that tells them apart?")
+    if any(count["kept"] < count["read"] for count in counts.values()):
+        say(f"  the rows that were left out are in {artifact.file_uri('removed')}")
+    artifact.finish(line.snapshot(), [], start, counts={split: dict(count) for split, count in counts.items()})
     return artifact
 
 
@@ -86,26 +136,15 @@ def read_examples(task: Task, path: str, split: str, limit: int | None = None) -
         raise UserError(f"{path}: no rows; {split} can't be empty")
 
 
-def _without_repeats(examples: Iterator[Row], seen: dict[str, str], count: Counter[str]) -> Iterator[Row]:
-    for example in examples:
-        count["read"] += 1
-        first = seen.get(example["row_id"])
-        if first is None:
-            seen[example["row_id"]] = example["split"]
-            count["kept"] += 1
-            count["unlabelled"] += example["label"] is None
-            yield example
-        else:
-            count["duplicates" if first == example["split"] else "in_another_split"] += 1
-
-
 def _remarks(split: str, count: Counter[str]) -> str:
-    said = [
-        f"{count['duplicates']:,} repeat an earlier row" if count["duplicates"] else "",
-        f"{count['in_another_split']:,} stand in another split and were left out" if count["in_another_split"] else "",
-        f"{count['unlabelled']:,} have no label" if count["unlabelled"] and split != "unlabelled" else "",
-    ]
-    return "".join(f"; {s}" for s in said if s)
+    said = {
+        "duplicates": "repeat an earlier row",
+        "in_another_split": "stand in another split and were left out",
+        "near_duplicates": "nearly repeat an earlier row and were left out",
+        "near_leaks": "nearly repeat a row of validation or test and were left out",
+        "unlabelled": "have no label" if split != "unlabelled" else "",
+    }
+    return "".join(f"; {count[name]:,} {words}" for name, words in said.items() if count[name] and words)
 
 
 def _has(row: Row) -> str:

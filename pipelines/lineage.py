@@ -5,19 +5,38 @@ GPUs are left out, so that changing them never invalidates work that was paid fo
 apart from curation, so another way of filtering asks the teacher nothing.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pipelines.artifact import Artifact, Store, fingerprint, make_key, open_path, open_store
+from pipelines.artifact import Artifact, Store, fingerprint, make_key, open_artifact, open_path, open_store
 from pipelines.errors import UserError
 from pipelines.prompts import prompt_hash, stop_strings
-from pipelines.recipe import BUILTIN, Recipe, Run, resolve
+from pipelines.recipe import BUILTIN, Recipe, Run, Split, resolve
 from pipelines.tasks import Task, load_task
 
 MODEL = "model"  # the folder of the student within a train artefact
-_PROMPTING = {"instruction", "prompt", "exemplars", "stop", "description"}
+_PROMPTING = {"instruction", "prompt", "exemplars", "stop", "description", "hint"}
+# arguments of vLLM's engine that change how fast it writes, and not what
+_ENGINE_RESOURCES = {
+    "block_size",
+    "cpu_offload_gb",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_parallel_loading_workers",
+    "num_gpu_blocks_override",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+}
 _STUDENT_RESOURCES = {"workers", "gpus", "cpus"}
 
 
@@ -40,41 +59,98 @@ class Lineage:
         """The source's rows, read once."""
         source = self.recipe.source
         files = {split: fingerprint(path) for split, path in source.files().items()}
-        return self._artifact("examples", self.task.model_dump(exclude=_PROMPTING), files, source.limit)
+        near = None if source.near_duplicates == "keep" else [source.near_duplicates, source.near_duplicate_similarity]
+        return self._artifact("examples", self.task.model_dump(exclude=_PROMPTING), files, source.limit, near)
 
     @cached_property
     def generations(self) -> Artifact:
-        """The teacher's texts."""
+        """The teacher's texts.
+
+        Texts of a teacher that is asked are found by row_id, so the key leaves out which rows are asked for:
+        further rows, splits or samples are added to what is there.
+        """
         teacher = self.recipe.teacher
         if teacher.engine == "outputs":
             given = {
                 split: [fingerprint(p) for p in self.output_files(path)] for split, path in teacher.outputs.items()
             }
             return self._artifact("generations", self.examples.key, given)
-        sampling = teacher.model_dump(include={"temperature", "top_p", "max_tokens", "dtype", "engine_args"})
-        if teacher.temperature > 0:
-            sampling["seed"] = teacher.seed
-        return self._artifact(
-            "generations",
-            self.examples.key,
-            sorted(teacher.splits),
-            prompt_hash(self.task),
-            stop_strings(self.task),
-            model_identity(teacher.model, teacher.revision),
-            sampling,
-        )
+        return self._generations(self._sampling(), hinted=False)
+
+    @cached_property
+    def hinted(self) -> Artifact:
+        """The teacher's texts for rows that it got wrong, with the gold label told."""
+        return self._generations(self._sampling(), hinted=True)
+
+    @cached_property
+    def retries(self) -> list[Artifact]:
+        """Texts that `--retry-rejected` asked for anew, pass by pass; only passes that are whole."""
+        if self.recipe.teacher.engine == "outputs":
+            return []
+        passes = (self.retry(number) for number in range(1, self.recipe.teacher.max_retries + 1))
+        return list(itertools.takewhile(Artifact.done, passes))
+
+    def retry(self, number: int) -> Artifact:
+        """The artefact of a retry pass, counted from 1."""
+        return self._artifact("generations", self.generations.key, "retry", number, self.retry_sampling(number))
+
+    def retry_sampling(self, number: int) -> dict[str, Any]:
+        """What a retry pass changes of the teacher's sampling."""
+        teacher = self.recipe.teacher
+        return {"temperature": teacher.retry_temperature, "seed": teacher.seed + number}
+
+    @property
+    def asked(self) -> list[Split]:
+        """The splits that the teacher is asked for and that the source has.
+
+        Raises:
+            UserError: there is none.
+        """
+        teacher, given = self.recipe.teacher, self.recipe.source.files()
+        wanted = list(teacher.outputs) if teacher.engine == "outputs" else list(teacher.splits)
+        asked = [split for split in given if split in wanted]
+        if not asked:
+            raise UserError(f"teacher: none of the splits {', '.join(wanted)} is in the source ({', '.join(given)})")
+        return asked
 
     @cached_property
     def rationales(self) -> Artifact:
         """What of them can be learnt from, and what can't."""
-        reading = stop_strings(self.task)  # given outputs are cut by them too, though no teacher was asked with them
-        return self._artifact("rationales", self.generations.key, reading, self.recipe.curate.model_dump())
+        curate = self.recipe.curate.model_dump(exclude={"max_reject_share"})
+        texts = [self.generations, *self.retries] + ([self.hinted] if curate["on_disagree"] == "rationalize" else [])
+        return self._artifact(
+            "rationales",
+            self.examples.key,
+            [artifact.key for artifact in texts],
+            self.asked,
+            self.recipe.teacher.samples,
+            stop_strings(self.task, self.recipe.teacher.prompt),  # given outputs are cut by them too
+            curate,
+        )
 
     @cached_property
     def dataset(self) -> Artifact:
         """Training rows and splits."""
         held_out = None if self.recipe.source.validation else self.recipe.source.validation_share
-        return self._artifact("dataset", self.rationales.key, held_out)
+        further = [artifact.key for artifact in self.further_rationales]
+        return self._artifact("dataset", self.rationales.key, further, held_out)
+
+    @cached_property
+    def further_rationales(self) -> list[Artifact]:
+        """The rationales of other recipes that the dataset takes up.
+
+        Raises:
+            UserError: one of them is no finished rationales artefact.
+        """
+        artifacts = []
+        for folder in self.recipe.dataset.rationales:
+            artifact = open_artifact(folder)
+            if artifact.stage != "rationales":
+                raise UserError(
+                    f"dataset.rationales: {folder} is of stage {artifact.stage}; give one of stage rationales"
+                )
+            artifacts.append(artifact)
+        return artifacts
 
     def student(self, run: Run) -> Artifact:
         """One trained student."""
@@ -117,6 +193,30 @@ class Lineage:
         """The resolved recipe, for a manifest."""
         return self.recipe.model_dump(mode="json")
 
+    def _sampling(self) -> dict[str, Any]:
+        teacher = self.recipe.teacher
+        sampling = teacher.model_dump(include={"temperature", "top_p", "max_tokens", "dtype"})
+        sampling["engine_args"] = {k: v for k, v in teacher.engine_args.items() if k not in _ENGINE_RESOURCES}
+        if teacher.temperature > 0:
+            sampling["seed"] = teacher.seed
+        return sampling
+
+    def _generations(self, sampling: dict[str, Any], hinted: bool) -> Artifact:
+        teacher, task = self.recipe.teacher, self.task
+        served = teacher.engine == "openai"  # by a name that the endpoint knows
+        return self._artifact(
+            "generations",
+            task.name,
+            teacher.engine,
+            teacher.model if served else model_identity(teacher.model, teacher.revision),
+            prompt_hash(task, teacher.prompt, teacher.rationale_length, hinted),
+            stop_strings(task, teacher.prompt),
+            teacher.chat_template_args,
+            task.answer.model_dump() if teacher.constrain_answer else None,
+            self.examples.key if hinted else None,  # whose gold labels were told
+            sampling,
+        )
+
     def _artifact(self, stage: str, *content: object) -> Artifact:
         return self.store.artifact(stage, make_key(stage, *content))
 
@@ -129,7 +229,11 @@ def model_identity(model: str, revision: str | None) -> str:
     """
     path = resolve(model)
     fs, root = open_path(path)
-    if fs.exists(root):
+    try:
+        found = fs.exists(root)
+    except Exception as error:  # whatever the storage's package raises: no credentials, no such host
+        raise UserError(f"model {model!r}: can't be reached: {' '.join(str(error).split())}") from error
+    if found:
         return fingerprint(path)
     if model.startswith((BUILTIN, ".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"model {model!r}: no such directory; give a Hugging Face id or a folder with config.json")

@@ -1,138 +1,132 @@
-"""Exemplars and an input as a prompt; a teacher's raw text as a rationale and a label, or a reason why not."""
+"""Exemplars and an input as a prompt, and the form that the teacher's text must have."""
 
 import hashlib
+import json
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
-from pipelines.schema import Reason
+from pipelines.errors import UserError
 from pipelines.tasks import Task
-from pipelines.tasks.expression import ExpressionError, leading_expression
-from pipelines.tasks.task import LETTERS, normalise_answer
+from pipelines.tasks.task import LETTERS, Length
+
+Style = Literal["completion", "chat"]
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What was read from a teacher's text. Without a label, `reason` says why."""
-
-    rationale: str
-    label: str | None
-    reason: Reason | None = None
-    detail: str = ""
-
-
-def completion_prompt(task: Task, text: str) -> str:
+def completion_prompt(task: Task, text: str, length: Length = "full", hint: str | None = None) -> str:
     """The few-shot prompt for a base model: instruction, exemplars, then the input, which comes last so
-    that all prompts share their prefix."""
-    return prompt_head(task) + task.prompt.format(input=text)
+    that all prompts share their prefix.
+
+    Args:
+        length: of the exemplars' rationales.
+        hint: the gold label, told after the input; then every exemplar's is told, too.
+
+    Raises:
+        UserError: the exemplars have no rationales of this length.
+    """
+    return prompt_head(task, length, hint is not None) + _asked(task, text, hint)
 
 
-def prompt_head(task: Task) -> str:
-    """The part of the prompt that is the same for every input."""
+def chat_messages(
+    task: Task, text: str, length: Length = "full", hint: str | None = None
+) -> tuple[dict[str, str], ...]:
+    """The same for a chat model, as `role` and `content`: the instruction is the system's, each exemplar a turn of
+    the user (the input alone: roles take the place of `Task.prompt`) and one of the model, the input the last turn.
+
+    Raises:
+        UserError: the exemplars have no rationales of this length.
+    """
+    turns = [("system", task.instruction.strip())] if task.instruction else []
+    for exemplar, rationale in zip(task.exemplars, task.rationales(length), strict=True):
+        told = None if hint is None else exemplar.label
+        answer = completion(task, rationale, exemplar.label, task.row_choices(exemplar.input))
+        turns += [("user", _with_hint(task, task.render(exemplar.input), told)), ("assistant", answer.strip())]
+    turns.append(("user", _with_hint(task, text, hint)))
+    return tuple({"role": role, "content": content} for role, content in turns)
+
+
+def prompt_head(task: Task, length: Length = "full", hinted: bool = False) -> str:
+    """The part of the completion prompt that is the same for every input."""
     parts = [task.instruction.strip()] if task.instruction else []
-    for exemplar in task.exemplars:
-        text = task.render(exemplar.input)
-        answer = completion(task, exemplar.rationale, exemplar.label, task.row_choices(exemplar.input))
-        parts.append(task.prompt.format(input=text) + answer)
+    for exemplar, rationale in zip(task.exemplars, task.rationales(length), strict=True):
+        asked = _asked(task, task.render(exemplar.input), exemplar.label if hinted else None)
+        parts.append(asked + completion(task, rationale, exemplar.label, task.row_choices(exemplar.input)))
     return "".join(part + "\n\n" for part in parts)
 
 
 def completion(task: Task, rationale: str, label: str, choices: Sequence[str] | None = None) -> str:
     """What a teacher should write after the prompt: the rationale, then the answer sentence."""
-    sentence = task.answer.sentence.format(label=label, letter=_letter(label, choices))
-    between = "" if sentence.startswith("\n") else " "
-    return f" {rationale.strip()}{between}{sentence}"
+    return f" {rationale.strip()}{_sentence(task, label, choices)}"
 
 
-def stop_strings(task: Task) -> list[str]:
-    """Where a teacher's text runs on into a made-up next exemplar."""
+def stop_strings(task: Task, style: Style = "completion") -> list[str]:
+    """Where a teacher's text runs on into a made-up next exemplar. A chat's reply ends by itself."""
+    if style == "chat":
+        return list(task.stop)
     shape = task.prompt.replace("{input}", task.input)
     opening = next(literal for literal, *_ in string.Formatter().parse(shape)).strip()
     return [*task.stop, "\n\n" + opening if opening else "\n\n"]
 
 
-def prompt_hash(task: Task) -> str:
+def prompt_hash(task: Task, style: Style = "completion", length: Length = "full", hinted: bool = False) -> str:
     """Identifies the shared part of the prompt and the form of the input in it."""
-    return hashlib.sha256(f"{prompt_head(task)}\0{task.prompt}".encode()).hexdigest()[:16]
+    if style == "chat":
+        form = json.dumps(chat_messages(task, "", length, "" if hinted else None))
+    else:
+        form = f"{prompt_head(task, length, hinted)}\0{task.prompt}" + (f"\0{task.hint}" if hinted else "")
+    return hashlib.sha256(form.encode()).hexdigest()[:16]
 
 
-def read_reply(task: Task, text: str, choices: Sequence[str] | None = None) -> Reply:
-    """A teacher's raw text as rationale and label.
+def answer_structure(task: Task, choices: Sequence[str] | None = None) -> str:
+    """The form of an answer for vLLM's structured outputs, as a structural tag: one line of reasoning, then the
+    answer sentence with a label of the closed set, which ends the text.
 
-    Text after the next exemplar's opening is cut first. The label must follow the task's answer
-    sentence; without that sentence the text is `unparsable`, with another label `label_not_in_set`.
+    The reasoning can't hold the sentence's own words, so the first answer is the only one and is in the set. A
+    regular expression could say the same, but takes the engine milliseconds a token.
+
+    Args:
+        choices: the row's, which kind row_choice needs.
+
+    Raises:
+        UserError: the task's answers are no closed set.
     """
-    text = cut_run_on(task, text)
-    lead = _around_label(task)[0].strip().removesuffix("(").strip()
-    pattern = re.escape(lead).replace(r"\ ", r"\s+")
-    found = re.search(rf"(?i)(?:^|(?<=\W)){pattern}\s*", text)
-    if not found:
-        return Reply(text, None, Reason.UNPARSABLE, f"no {lead!r} in the text")
-    rationale, answer = text[: found.start()].strip(), text[found.end() :]
-    label = _read_label(task, answer, choices)
-    if label is None:
-        reason = Reason.UNPARSABLE if task.answer.kind in ("expression", "text") else Reason.LABEL_NOT_IN_SET
-        return Reply(rationale, None, reason, f"the answer reads {answer.strip()[:60]!r}")
-    return Reply(rationale, label)
-
-
-def cut_run_on(task: Task, text: str) -> str:
-    """The text up to the first stop string."""
-    for stop in stop_strings(task):
-        if not stop.strip():
-            text = text.lstrip()  # an empty line ends a text, but not before it began
-        text = text.split(stop)[0]
-    return text.strip()
-
-
-def _around_label(task: Task) -> tuple[str, str]:
-    """What the answer sentence says before the answer and after it."""
-    before, *_, after = task.answer.sentence.format(label="\0", letter="\0").split("\0")
-    return before, after
-
-
-def _read_label(task: Task, answer: str, choices: Sequence[str] | None) -> str | None:
-    """The label at the start of what follows the answer sentence's opening."""
     match task.answer.kind:
         case "choice":
-            return _leading_label(answer, task.answer.labels)
+            labels: Sequence[str] = task.answer.labels
+        case "row_choice" if choices:
+            labels = choices
         case "row_choice":
-            return _read_choice(answer, choices or ())
-        case "expression":
-            try:
-                return leading_expression(answer)
-            except ExpressionError:
-                return None
-        case "text":
-            line = answer.split("\n")[0].strip()
-            return task.canonical(line.removesuffix(_around_label(task)[1].strip()))
+            raise ValueError(f"task {task.name}: the form of a row's answer needs the row's choices")
+        case kind:
+            raise UserError(
+                f"task {task.name}: teacher.constrain_answer needs a closed set of labels (kind choice or row_choice), "
+                f"and its kind is {kind}; leave constrain_answer out"
+            )
+    sentences = "|".join(_escape(_sentence(task, label, choices)) for label in labels)
+    reasoning = [{"type": "any_text", "excludes": ["\n", task.answer.lead]}] if task.answer.lead else []
+    elements = [*reasoning, {"type": "regex", "pattern": sentences}]
+    return json.dumps({"type": "structural_tag", "format": {"type": "sequence", "elements": elements}})
 
 
-def _read_choice(answer: str, choices: Sequence[str]) -> str | None:
-    """`(c) the choice's text` or either half of it alone, but neither two halves that contradict each other
-    nor `(a) one or (b) another`."""
-    letter = re.match(r"\W*([a-zA-Z])\)", answer)
-    if not letter:
-        return _leading_label(answer, choices)
-    sentence = re.split(r"[.\n]", answer)[0]
-    if len(set(re.findall(r"\(([a-z])\)", sentence.lower()))) > 1:
-        return None
-    index = LETTERS.index(letter.group(1).lower())
-    chosen = choices[index] if index < len(choices) else None
-    named = _leading_label(answer[letter.end() :], choices)
-    if chosen and named and chosen != named:
-        return None
-    return named or chosen
+def _escape(text: str) -> str:
+    """Text as a regular expression, within brackets too, with those escapes alone that every engine knows."""
+    return re.sub(r"[][\\^$.|?*+(){}-]", r"\\\g<0>", text).replace("\n", r"\n")
 
 
-def _leading_label(text: str, labels: Sequence[str]) -> str | None:
-    """The longest label that the text begins with, as a whole word."""
-    text = normalise_answer(text)
-    for label in sorted(labels, key=len, reverse=True):
-        if re.match(rf"\W*{re.escape(normalise_answer(label))}(?!\w)", text):
-            return label
-    return None
+def _asked(task: Task, text: str, hint: str | None) -> str:
+    """One input in the form of the completion prompt."""
+    return task.prompt.format(input=_with_hint(task, text, hint))
+
+
+def _with_hint(task: Task, text: str, label: str | None) -> str:
+    return text if label is None else f"{text}\n{task.hint.format(label=label)}"
+
+
+def _sentence(task: Task, label: str, choices: Sequence[str] | None) -> str:
+    """The answer sentence, with what stands between it and the rationale."""
+    sentence = task.answer.sentence.format(label=label, letter=_letter(label, choices))
+    return sentence if sentence.startswith("\n") else " " + sentence
 
 
 def _letter(label: str, choices: Sequence[str] | None) -> str:

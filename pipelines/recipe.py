@@ -41,6 +41,12 @@ class Source(_Frozen):
     unlabelled: str | None = Field(default=None, description="inputs without gold labels")
     limit: int | None = Field(default=None, ge=1, description="at most so many rows of each split, the first ones")
     validation_share: float = Field(default=0.1, gt=0, lt=1)
+    near_duplicates: Literal["keep", "drop_leaks", "drop"] = Field(
+        default="drop_leaks",
+        description="inputs that nearly repeat another: drop_leaks removes rows of train and unlabelled that nearly "
+        "stand in validation or test; drop also those that nearly repeat an earlier row of their own",
+    )
+    near_duplicate_similarity: float = Field(default=0.9, gt=0.5, le=1, description="Jaccard, of runs of three words")
 
     @model_validator(mode="after")
     def _some_rows(self) -> Self:
@@ -65,10 +71,34 @@ class Source(_Frozen):
         return {split: self.locate(path) for split, path in given.items() if path}
 
 
+class Endpoint(_Frozen):
+    """An OpenAI-style HTTP server that answers for the teacher."""
+
+    url: str = Field(
+        description="up to /v1, e.g. http://teacher:8000/v1; a key has no place in it",
+        pattern=r"^https?://(\[[0-9a-fA-F:]+\]|[^\s/@:?#]+)(:\d{1,5})?(/[^\s?#]*)?$",
+    )
+    api_key_env: str = Field(
+        default="DISTILL_TEACHER_API_KEY", description="the environment variable that holds the key, on every node"
+    )
+    concurrency: int = Field(default=64, ge=1, le=1000, description="requests under way at once")
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    timeout_s: float = Field(default=120, gt=0, description="of one request")
+    retries: int = Field(default=6, ge=0, description="on 429, 5xx and timeouts, with growing pauses")
+
+
+class Price(_Frozen):
+    """What the teacher costs, in your currency."""
+
+    replica_hour: float = Field(default=0, ge=0, description="an hour of one engine, all its GPUs")
+    million_input_tokens: float = Field(default=0, ge=0)
+    million_output_tokens: float = Field(default=0, ge=0)
+
+
 class Teacher(_Frozen):
     """Who writes the rationales, and with what resources."""
 
-    engine: Literal["vllm", "outputs"] = "vllm"
+    engine: Literal["vllm", "openai", "outputs"] = "vllm"
     model: str = Field(default="builtin:quickstart/teacher", description="Hugging Face id, local directory or builtin:")
     revision: str | None = None
     splits: tuple[Split, ...] = Field(
@@ -77,34 +107,88 @@ class Teacher(_Frozen):
     outputs: dict[Split, str] = Field(
         default={}, description="for engine outputs: split -> file or glob of the texts that you have"
     )
+    endpoint: Endpoint | None = Field(default=None, description="for engine openai")
+    prompt: Literal["completion", "chat"] = Field(
+        default="completion", description="chat: exemplars as turns, through the model's own chat template"
+    )
+    chat_template_args: dict[str, Any] = Field(default={}, description="e.g. {enable_thinking: false}")
+    rationale_length: Literal["short", "medium", "full"] = Field(
+        default="full", description="which form of the exemplars' rationales stands in the prompt"
+    )
+    constrain_answer: bool = Field(
+        default=False, description="force the answer sentence and a label of the set, by structured outputs"
+    )
+    samples: int = Field(default=1, ge=1, le=100, description="texts of one row; their labels vote")
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=256, ge=1, description="new tokens at most; a longer text is rejected as truncated")
     seed: int = 0
+    retry_temperature: float = Field(default=0.7, gt=0, description="of --retry-rejected")
+    max_retries: int = Field(default=3, ge=0, description="how often --retry-rejected may ask again")
     # resources: these never change what is written, so they are not part of a key
     replicas: tuple[int, int] = Field(default=(1, 1), description="[min, max] engines")
     gpus: int = Field(default=0, ge=0, description="GPUs of one engine; 0 runs vLLM's CPU build")
+    pipeline_parallel: int = Field(default=1, ge=1, description="stages of one engine; the rest of gpus splits tensors")
     cpus: float = Field(default=1, gt=0, description="CPUs of one engine")
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=256, ge=1, description="rows that one engine has under way; a kill loses no more")
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     kv_cache_gb: float = Field(default=1.0, gt=0, description="KV cache of one engine on CPU, GiB")
     engine_args: dict[str, Any] = Field(default={}, description="further arguments of vLLM's engine")
+    price: Price = Price()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.engine == "outputs" and not self.outputs:
             raise ValueError("engine outputs needs `outputs`, e.g. {train: 'llm/train_CoT_*.json'}")
+        if (self.engine == "openai") != (self.endpoint is not None):
+            raise ValueError(
+                "engine openai needs `endpoint`, e.g. {url: http://localhost:8000/v1}, and no other takes it"
+            )
         low, high = self.replicas
         if not 1 <= low <= high:
             raise ValueError(f"replicas must be [min, max] with 1 <= min <= max, not [{low}, {high}]")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 need a temperature above 0, otherwise all say the same")
+        if self.gpus % self.pipeline_parallel and self.gpus:
+            raise ValueError(f"gpus {self.gpus} must be a multiple of pipeline_parallel {self.pipeline_parallel}")
         return self
 
 
 class Curate(_Frozen):
     """Which rationales a student may learn from."""
 
-    on_disagree: Literal["drop", "keep"] = Field(default="drop", description="the teacher's label is not the gold one")
+    on_disagree: Literal["drop", "keep", "rationalize"] = Field(
+        default="drop", description="the teacher's label is not the gold one; rationalize asks again, with gold told"
+    )
+    thinking: Literal["strip", "rationale"] = Field(
+        default="strip", description="what becomes of the thinking part of a reasoning model"
+    )
     min_words: int = Field(default=3, ge=0, description="shorter rationales are rejected as too_short")
+    max_words: int | None = Field(default=None, ge=1, description="longer rationales are rejected as too_long")
+    min_agreement: float = Field(
+        default=0.0, ge=0, le=1, description="share of a row's samples that its label needs; fewer are outvoted"
+    )
+    max_reject_share: float = Field(
+        default=0.95, gt=0, le=1, description="a run stops early when more than this share of its texts is rejected"
+    )
+
+
+class Budget(_Frozen):
+    """What asking the teacher may cost; a run that reaches a limit stops, and goes on when it is raised."""
+
+    max_rows: int | None = Field(default=None, ge=1, description="texts asked for")
+    max_tokens: int | None = Field(default=None, ge=1, description="input and output tokens together")
+    max_gpu_hours: float | None = Field(
+        default=None, gt=0, description="GPU hours; of an engine without GPU, its hours"
+    )
+
+
+class Dataset(_Frozen):
+    """What training rows are made of."""
+
+    rationales: tuple[str, ...] = Field(
+        default=(), description="further rationales artefacts of the same task, e.g. of other teachers: their folders"
+    )
 
 
 class Student(_Frozen):
@@ -191,9 +275,17 @@ class Recipe(_Frozen):
     source: Source
     teacher: Teacher = Teacher()
     curate: Curate = Curate()
+    budget: Budget = Budget()
+    dataset: Dataset = Dataset()
     student: Student = Student()
     runs: tuple[Grid, ...] = (Grid(),)
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.teacher.engine == "outputs" and self.curate.on_disagree == "rationalize":
+            raise ValueError("curate.on_disagree rationalize asks the teacher again, which engine outputs can't be")
+        return self
 
     def students(self) -> list[Run]:
         """The students to train, in order, each once."""

@@ -15,6 +15,7 @@ class Reason(StrEnum):
     DISAGREES_WITH_GOLD = "disagrees_with_gold"
     OUTVOTED = "outvoted"
     TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
     ANSWER_LEAK = "answer_leak"
     DUPLICATE = "duplicate"
     INPUT_TOO_LONG = "input_too_long"
@@ -43,9 +44,10 @@ GENERATIONS = pa.schema(
         ("teacher", pa.string()),
         ("prompt_hash", pa.string()),
         ("text", pa.string()),
-        ("finish_reason", pa.string()),  # stop, length, error, or outputs when the text was given
+        ("finish_reason", pa.string()),  # stop, length, error, too_long (the prompt), or outputs (the text was given)
         ("error", pa.string()),  # the engine's error, else null
         ("input_tokens", pa.int32()),  # null where unknown
+        ("cached_tokens", pa.int32()),  # of the input, found in the engine's prefix cache; null where unknown
         ("output_tokens", pa.int32()),
     ]
 )
@@ -56,6 +58,8 @@ RATIONALES = pa.schema(
         *GENERATIONS,
         ("rationale", pa.string()),
         ("label", pa.string()),  # the teacher's; null where it could not be read
+        ("agreement", pa.float32()),  # share of the row's readable samples that say this label; null without a label
+        ("rationalized", pa.bool_()),  # written with the gold label told
     ]
 )
 REJECTED = pa.schema([*RATIONALES, ("reason", pa.string()), ("detail", pa.string())])
@@ -78,6 +82,8 @@ DATASET = pa.schema(
                         ("sample", pa.int32()),
                         ("rationale", pa.string()),
                         ("label", pa.string()),
+                        ("agreement", pa.float32()),
+                        ("rationalized", pa.bool_()),
                         ("reason", pa.string()),  # why it was rejected; null when accepted
                     ]
                 )

@@ -1,184 +1,320 @@
-"""Prompts → texts: vLLM in process under Ray Data, or outputs that the user already has.
+"""Ask the teacher: examples → texts, through Ray Data, with a part file for every batch.
 
-Both engines give `schema.GENERATIONS` rows and leave reading the texts to others.
+A part is written by the replica that made it, before anything else hears of it. So a run that is killed has
+lost only what was under way, and the next run asks for what is not on disk yet. Ray Data's own checkpoints
+commit when a whole write task ends, which is too late for rows that cost money.
 """
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipelines.console import say
+from pipelines.artifact import Artifact
+from pipelines.curate import judge
+from pipelines.engines import Completion, Engine, EngineDied, Request
 from pipelines.errors import UserError
 from pipelines.lineage import Lineage
-from pipelines.prompts import completion_prompt, prompt_hash, stop_strings
-from pipelines.recipe import Teacher, resolve
+from pipelines.meter import Meter, Metrics
+from pipelines.prompts import answer_structure, chat_messages, completion_prompt, prompt_hash, stop_strings
+from pipelines.ray_session import ray_session
+from pipelines.recipe import Curate, Teacher
 from pipelines.schema import GENERATIONS
 from pipelines.tasks import Task
-from pipelines.tasks.sources import read_rows, read_values
 
 Row = dict[str, Any]
-_ENGINE_COLUMNS = ("generated_text", "num_input_tokens", "num_generated_tokens")
+Keys = np.ndarray[Any, np.dtype[np.bytes_]]  # sorted b"row_id/sample"
+ROWS = "rows"  # the folder of the parts
+_CALLS = 4  # batches that a replica has under way at once, so that its engine never runs dry
+_TRIES = "tries"  # the folder where batches are counted that replicas died on
+_DEATHS = 2  # of replicas, after the first, before a batch is tried row by row, and a row is given up
+_FEEDING_CPUS = 0  # reading and filtering take little, and an engine may hold the last core
 
 
-def generate(line: Lineage, examples: Any) -> Any:
-    """Ask the teacher for every example through Ray Data.
+@dataclass(frozen=True)
+class Asking:
+    """One pass over the teacher: which texts, and where they go.
 
     Args:
-        examples: a `ray.data.Dataset` of `schema.EXAMPLES` rows.
+        samples: the numbers of the samples wanted of each row.
+        only: the keys wanted; None: all.
+        hinted: with the gold label told.
+        teacher: as in the recipe, or with what this pass changes of the sampling.
+    """
+
+    artifact: Artifact
+    teacher: Teacher
+    samples: range
+    only: Keys | None = None
+    hinted: bool = False
+
+
+def ask(line: Lineage, asking: Asking) -> Row | None:
+    """Have the texts of a pass written, those that are not there yet.
 
     Returns:
-        A lazy `ray.data.Dataset` of `schema.GENERATIONS` rows; a row that the engine failed on carries its
-        error.
-    """
-    from ray.data.llm import build_processor  # heavy: only where an engine is used
-
-    teacher, task = line.recipe.teacher, line.task
-    shared = {"sample": 0, "teacher": teacher.model, "prompt_hash": prompt_hash(task)}
-    sampling = {
-        "temperature": teacher.temperature,
-        "top_p": teacher.top_p,
-        "max_tokens": teacher.max_tokens,
-        "stop": stop_strings(task),
-        "seed": teacher.seed,
-    }
-
-    def ask(row: Row) -> Row:
-        prompt = completion_prompt(task, row["input"])
-        return {"prompt": prompt, "sampling_params": sampling, "row_id": row["row_id"], "split": row["split"]}
-
-    def keep(row: Row) -> Row:
-        return {name: row[name] for name in ("row_id", "split", *_ENGINE_COLUMNS)}
-
-    processor = build_processor(engine_config(teacher), preprocess=ask, postprocess=keep)
-    return processor(examples).map_batches(
-        _as_generations,
-        batch_format="pyarrow",
-        fn_kwargs={"shared": shared, "max_tokens": teacher.max_tokens},
-        num_cpus=0.1,
-    )
-
-
-def engine_config(teacher: Teacher) -> Any:
-    """The recipe's teacher as Ray Data's configuration of vLLM. The helper stages are off: vLLM tokenises
-    and detokenises itself, and each stage would hold a CPU."""
-    from ray.data.llm import vLLMEngineProcessorConfig
-
-    on_gpu = teacher.gpus > 0
-    arguments: dict[str, Any] = {"enable_prefix_caching": True, "dtype": teacher.dtype, "revision": teacher.revision}
-    environment = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
-    if on_gpu:
-        arguments["tensor_parallel_size"] = teacher.gpus
-        bundles: list[dict[str, float]] = [{"GPU": 1, "CPU": 1}] * teacher.gpus
-    else:
-        # otherwise vLLM takes most of the machine's memory, and binds every replica to the same cores
-        arguments |= {"distributed_executor_backend": "mp", "kv_cache_memory_bytes": int(teacher.kv_cache_gb * 2**30)}
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        bundles = [{"CPU": teacher.cpus}]
-    low, high = teacher.replicas
-    return vLLMEngineProcessorConfig(
-        model_source=resolve(teacher.model),
-        engine_kwargs=arguments | teacher.engine_args,
-        batch_size=teacher.batch_size,
-        concurrency=(low, high),
-        placement_group_config={"bundles": bundles},
-        should_continue_on_error=True,
-        chat_template_stage=False,
-        tokenize_stage=False,
-        detokenize_stage=False,
-        runtime_env={"env_vars": environment},
-    )
-
-
-def _as_generations(table: pa.Table, shared: Row, max_tokens: int) -> pa.Table:
-    """What the engine stage leaves → `schema.GENERATIONS`. Rows that it failed on lack the columns of a
-    result and name the error."""
-
-    def column(name: str) -> list[Any]:
-        known = name in table.column_names
-        return table[name].to_pylist() if known else [None] * len(table)
-
-    errors = [error or None for error in column("__inference_error__")]
-    lengths = column("num_generated_tokens")
-    rows = {
-        "row_id": column("row_id"),
-        "split": column("split"),
-        **{name: [value] * len(table) for name, value in shared.items()},
-        "text": [text or "" for text in column("generated_text")],
-        "finish_reason": [
-            "error" if error else "length" if length >= max_tokens else "stop"  # Ray Data leaves out vLLM's own word
-            for error, length in zip(errors, lengths, strict=True)
-        ],
-        "error": errors,
-        "input_tokens": column("num_input_tokens"),
-        "output_tokens": lengths,
-    }
-    return pa.table({field.name: pa.array(rows[field.name], field.type) for field in GENERATIONS})
-
-
-def given_outputs(line: Lineage, examples: pa.Table, rows_read: Mapping[str, int]) -> Iterator[Row]:
-    """Texts that the user already has, joined to the examples.
-
-    A file is either ours (Parquet or JSON lines with `text`, and `row_id` or the columns of the task's
-    input), or of the reference layout: arrays of bare strings in the order of the split's rows, where the
-    counts must match. An example without a text gets a row with an error.
-
-    Args:
-        examples: `schema.EXAMPLES` of all splits.
-        rows_read: split -> rows that its source file holds.
+        What this run has spent, as `Meter.account`; None when there was nothing to do.
 
     Raises:
-        UserError: the counts differ, a row has no text or nothing to join by.
+        UserError: a limit of the budget is reached, too many texts are rejected, the engine does not start, the
+            endpoint refuses, the disk is full, or another run is at work on the artefact. What is written stays.
     """
-    for split, pattern in line.recipe.teacher.outputs.items():
-        if split not in rows_read:
-            raise UserError(f"teacher.outputs.{split}: the recipe's source has no {split}")
-        files = line.output_files(pattern)
-        rows = examples.filter(pc.equal(examples["split"], split)).to_pylist()
-        if isinstance(next(read_values(files[0]), None), str):
-            limited = line.recipe.source.limit is not None
-            texts = _texts_by_position(files, rows, rows_read[split], limited)
-        else:
-            texts = _texts_by_row_id(line.task, files, rows)
-        for row in rows:
-            text = texts.get(row["row_id"])
-            yield {
-                "row_id": row["row_id"],
-                "split": split,
-                "sample": 0,
-                "teacher": "outputs",
-                "prompt_hash": "",
-                "text": text or "",
-                "finish_reason": "outputs" if text is not None else "error",
-                "error": None if text is not None else "no output was given for this row",
-                "input_tokens": None,
-                "output_tokens": None,
-            }
+    if asking.teacher.engine == "openai":
+        from pipelines.engines.endpoint import EndpointEngine
+
+        with closing(EndpointEngine(asking.teacher, [])) as engine:
+            engine.check()  # before anything is started
+    with asking.artifact.lease():
+        done = keys_on_disk(asking.artifact)
+        pending = sum(map(len, pending_keys(line, asking, done)))
+        if not pending:
+            return None
+        with ray_session(), Meter(line.recipe, asking.artifact, pending, Metrics(line.recipe.name)) as meter:
+            try:
+                for report in _stream(line, asking, done, meter.allowed):
+                    meter.add(report)
+            except Exception as error:
+                raise _ours(error) or error from None
+        if meter.allowed < pending:
+            raise UserError(f"budget.max_rows is reached at {meter.paid_rows:,} texts; raise it and run again to go on")
+        missing = pending - (len(keys_on_disk(asking.artifact)) - len(done))
+        if missing:
+            raise RuntimeError(f"{asking.artifact.uri}: {missing} of {pending} texts were not written")
+        return meter.account
 
 
-def _texts_by_position(files: list[str], rows: list[Row], rows_read: int, limited: bool) -> dict[str, str]:
-    """Row id -> text, by the order of the source: all that the reference layout has to join by."""
-    texts = [text for file in files for text in read_values(file)]
-    if len(texts) != rows_read and not (limited and len(texts) > rows_read):
-        raise UserError(
-            f"{files[0]} and its {len(files) - 1} further parts hold {len(texts):,} texts, but the source has "
-            f"{rows_read:,} rows; texts without row_id are joined by position, so the counts must be the same"
+def keys_on_disk(artifact: Artifact) -> Keys:
+    """The texts that are there, sorted."""
+    dataset = artifact.dataset(ROWS)
+    if not dataset.files:
+        return np.empty(0, dtype="S1")
+    parts = [_keys(table) for table in dataset.to_batches(columns=["row_id", "sample"])]
+    return np.unique(np.concatenate(parts))
+
+
+def make_keys(rows: Sequence[tuple[str, int]]) -> Keys:
+    """Keys of (row_id, sample) pairs."""
+    return np.unique(np.array([f"{row_id}/{sample}".encode() for row_id, sample in rows], dtype="S"))
+
+
+def _keys(table: pa.Table | pa.RecordBatch) -> Keys:
+    pairs = zip(table["row_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
+    return np.array([f"{row_id}/{sample}".encode() for row_id, sample in pairs], dtype="S")
+
+
+def pending_keys(line: Lineage, asking: Asking, done: Keys) -> Iterator[Keys]:
+    """The keys of the texts that a pass still wants, a batch of examples at a time."""
+    for split in line.asked:
+        for batch in line.examples.dataset(split).to_batches(columns=["row_id"]):
+            yield _keys(_pending(pa.Table.from_batches([batch]), asking, done))
+
+
+def _pending(table: pa.Table, asking: Asking, done: Keys) -> pa.Table:
+    """The rows of examples that are to be asked, each once a sample, with the column `sample`."""
+    count = len(asking.samples)
+    repeated = table.take(np.repeat(np.arange(table.num_rows), count))
+    repeated = repeated.append_column("sample", pa.array(list(asking.samples) * table.num_rows, pa.int32()))
+    keys = _keys(repeated)
+    wanted = ~_among(keys, done)
+    if asking.only is not None:
+        wanted &= _among(keys, asking.only)
+    return repeated.filter(pa.array(wanted))
+
+
+def _among(keys: Keys, known: Keys) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which keys stand in a sorted array."""
+    if not len(known):
+        return np.zeros(len(keys), dtype=bool)
+    at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.asarray(known[at] == keys)
+
+
+def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[Row]:
+    """A report of every batch, as the replicas write them."""
+    import ray.data
+
+    teacher = asking.teacher
+    under_way = teacher.endpoint.concurrency if teacher.endpoint else teacher.batch_size
+    batch = max(1, under_way // _CALLS)
+    filesystem = None if line.examples.local else line.examples.fs
+    low, high = (1, 1) if teacher.engine == "openai" else teacher.replicas  # one client holds the endpoint's limits
+    rows = ray.data.read_parquet(
+        [line.examples.path(split) for split in line.asked],
+        filesystem=filesystem,
+        columns=["row_id", "split", "input", "choices", "label"],
+        num_cpus=_FEEDING_CPUS,
+    )
+    rows = rows.map_batches(
+        lambda table: _pending(table, asking, done),
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=_FEEDING_CPUS,
+    )
+    reports = (
+        rows.limit(limit)
+        .repartition(target_num_rows_per_block=batch)  # a task is one batch, so few rows can still use many replicas
+        .map_batches(
+            Asker,
+            fn_constructor_args=(asking, line.task, line.recipe.curate),
+            batch_format="pyarrow",
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=low, max_size=high, max_concurrent_calls_per_actor=_CALLS, enable_true_multi_threading=True
+            ),
+            num_cpus=teacher.cpus if not teacher.endpoint else 1,
+            num_gpus=teacher.gpus,
         )
-    return {row["row_id"]: str(texts[row["position"]]) for row in rows}
+    )
+    yield from reports.iter_rows()
 
 
-def _texts_by_row_id(task: Task, files: list[str], rows: list[Row]) -> dict[str, str]:
-    """Row id -> text, from rows that bring the id or the columns to compute it."""
-    texts: dict[str, str] = {}
-    for file in files:
-        for number, row in enumerate(read_rows(file), 1):
-            if row.get("text") is None:
-                raise UserError(f"{file}, row {number}: no 'text', which holds the teacher's answer")
-            if not row.get("row_id") and any(row.get(field) is None for field in task.fields):
-                raise UserError(f"{file}, row {number}: neither 'row_id' nor the columns {', '.join(task.fields)}")
-            texts[row.get("row_id") or task.row_id(task.render(row))] = row["text"]
-    unknown = len(texts.keys() - {row["row_id"] for row in rows})
-    if unknown:
-        say(f"  {files[0]}: {unknown:,} texts belong to no example of this split")
-    return texts
+class Asker:
+    """A replica: holds an engine, asks it batch by batch, writes every batch as a part."""
+
+    def __init__(self, asking: Asking, task: Task, curate: Curate) -> None:
+        import ray
+
+        self.asking, self.task, self.curate = asking, task, curate
+        self.engine = open_engine(asking.teacher, task)
+        self.name, self.since = uuid.uuid4().hex, time.time()
+        self._alone = threading.Lock()
+        self.revived = int(ray.get_runtime_context().was_current_actor_reconstructed)
+
+    def __call__(self, table: pa.Table) -> dict[str, list[Any]]:
+        """A batch of examples with `sample` → reports of what became of it."""
+        reports = [*self._answer(table)]
+        return {column: [report[column] for report in reports] for column in reports[0]}
+
+    def _answer(self, table: pa.Table) -> Iterator[Row]:
+        """One part and its report; or one of each row, where replicas have died on this batch."""
+        name = f"{ROWS}/{hashlib.sha256(b' '.join(_keys(table))).hexdigest()[:24]}"
+        if self.revived and len(table) > 1 and self._try(name) > _DEATHS:
+            for at in range(len(table)):
+                with self._alone:  # or a row that kills would take others with it
+                    yield from self._answer(table.slice(at, 1))
+            return
+        artifact, rows = self.asking.artifact, table.to_pylist()
+        if artifact.fs.exists(artifact.path(f"{name}.parquet")):  # Ray tries a batch again whose replica died late
+            made = artifact.read_table(name).to_pylist()
+        else:
+            deadly = self.revived and len(table) == 1 and self._try(name) > _DEATHS
+            made = write_texts(_Deadly() if deadly else self.engine, self.asking, self.task, rows)
+            artifact.write_part(name, pa.Table.from_pylist(made, schema=GENERATIONS))
+        yield self._report(rows, made)
+
+    def _try(self, name: str) -> int:
+        """How often a batch was begun by replicas that had died before, this time included."""
+        artifact = self.asking.artifact
+        path = artifact.path(f"{_TRIES}/{name.rpartition('/')[2]}")
+        number = 1 + (int(artifact.fs.cat_file(path)) if artifact.fs.exists(path) else 0)
+        artifact.fs.makedirs(artifact.path(_TRIES), exist_ok=True)
+        artifact.fs.pipe_file(path, str(number).encode())
+        return number
+
+    def _report(self, rows: list[Row], made: list[Row]) -> Row:
+        judged = [_judged(self.task, self.curate, self.asking, *pair) for pair in zip(rows, made, strict=True)]
+        return {
+            "replica": self.name,
+            "since": self.since,
+            "ready": getattr(self.engine, "ready_at", self.since),
+            "at": time.time(),
+            "restarts": self.revived,
+            **{n: sum(row[n] or 0 for row in made) for n in ("input_tokens", "cached_tokens", "output_tokens")},
+            "outcomes": json.dumps(Counter(row["reason"] or "accepted" for row in judged)),
+            "rejects": json.dumps(
+                [[r["reason"], r["row_id"], r["detail"], r["text"]] for r in judged if r["reason"]][:5]
+            ),
+        }
+
+
+class _Deadly:
+    """In place of an engine, for a row that killed its replica each time."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return [Completion("", "error", "every replica that was asked for this row died")] * len(requests)
+
+    def close(self) -> None: ...
+
+
+def write_texts(engine: Engine, asking: Asking, task: Task, rows: Sequence[Row]) -> list[Row]:
+    """`schema.GENERATIONS` rows for rows of examples with `sample`."""
+    teacher = asking.teacher
+    try:
+        made = engine.generate([_request(teacher, task, row, asking.hinted) for row in rows])
+    except EngineDied:
+        os._exit(1)  # Ray starts another replica, in a process of its own, and tries this batch again
+    shared = {
+        "teacher": teacher.model,
+        "prompt_hash": prompt_hash(task, teacher.prompt, teacher.rationale_length, asking.hinted),
+    }
+    return [
+        {name: row[name] for name in ("row_id", "split", "sample")} | shared | _as_columns(completion)
+        for row, completion in zip(rows, made, strict=True)
+    ]
+
+
+def _as_columns(completion: Completion) -> Row:
+    return vars(completion)
+
+
+def _request(teacher: Teacher, task: Task, row: Row, hinted: bool) -> Request:
+    hint = row["label"] if hinted else None
+    render = chat_messages if teacher.prompt == "chat" else completion_prompt
+    seed = None
+    if teacher.temperature > 0:  # its own, so that a text does not depend on what it was batched with
+        digest = hashlib.sha256(f"{teacher.seed}/{row['row_id']}/{row['sample']}".encode()).digest()
+        seed = int.from_bytes(digest[:4]) >> 1
+    return Request(
+        render(task, row["input"], teacher.rationale_length, hint),
+        seed,
+        answer_structure(task, row["choices"]) if teacher.constrain_answer else None,
+    )
+
+
+def _judged(task: Task, curate: Curate, asking: Asking, example: Row, made: Row) -> Row:
+    gold = example["label"] if example["split"] == "train" else None
+    return judge(task, curate, made, example["choices"], gold, asking.hinted, asking.teacher.prompt)
+
+
+def open_engine(teacher: Teacher, task: Task) -> Engine:
+    """The engine of a recipe; it starts at its first request."""
+    stop = stop_strings(task, teacher.prompt)
+    if teacher.engine == "openai":
+        from pipelines.engines.endpoint import EndpointEngine
+
+        return EndpointEngine(teacher, stop)
+    from pipelines.engines.vllm_engine import VllmEngine
+
+    return VllmEngine(teacher, stop)
+
+
+@contextmanager
+def proposer(model: str | None, gpus: int) -> Iterator[Callable[[list[str]], list[str]] | None]:
+    """A function from prompts to texts by this model, as long as the context lasts; None without a model."""
+    if model is None:
+        yield None
+        return
+    from pipelines.engines.vllm_engine import VllmEngine
+
+    teacher = Teacher(model=model, gpus=gpus)
+    with closing(VllmEngine(teacher, [])) as engine:
+        yield lambda prompts: [made.text for made in engine.generate([Request(prompt) for prompt in prompts])]
+
+
+def _ours(error: BaseException | None) -> UserError | None:
+    """The user's mistake within an exception of Ray."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return UserError(str(error))
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

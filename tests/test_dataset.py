@@ -1,17 +1,21 @@
 """The dataset of examples and given texts; and, in memory, which of its rows a student learns from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.artifact import Artifact
 from pipelines.dataset import build_dataset
 from pipelines.draw import TrainRow, draw_rows, position_in_unit
 from pipelines.errors import UserError
+from pipelines.examples import build_examples
 from pipelines.lineage import Lineage
 from pipelines.rationales import build_rationales
 from pipelines.recipe import Run
+from pipelines.schema import RATIONALES, REJECTED
 
 Row = dict[str, Any]
 MakeLine = Callable[..., Lineage]
@@ -82,7 +86,15 @@ def test_train_holds_labelled_and_unlabelled_rows_with_what_the_teacher_said(mak
         "pool": (None, "good", 1),
     }
     assert train["agreed"]["rationales"] == [
-        {"teacher": "outputs", "sample": 0, "rationale": "Because it is agreed.", "label": "good", "reason": None}
+        {
+            "teacher": "outputs",
+            "sample": 0,
+            "rationale": "Because it is agreed.",
+            "label": "good",
+            "agreement": 1.0,
+            "rationalized": False,
+            "reason": None,
+        }
     ]
 
 
@@ -135,6 +147,187 @@ def test_a_second_time_nothing_is_done(make_line: MakeLine, capsys: pytest.Captu
     build_dataset(line)
     assert line.dataset.manifest() == finished
     assert "skipped" in capsys.readouterr().out
+
+
+def test_rows_stand_in_the_order_of_the_source_unlabelled_ones_last(make_line: MakeLine) -> None:
+    rows: dict[str, list[Row]] = {
+        "unlabelled": [{"text": f"pool {n}"} for n in range(3000)],
+        "train": [{"text": f"row {n}", "label": "good"} for n in range(1500)],
+    }
+    line = make_dataset(make_line, rows)
+    assert [row["input"] for row in line.dataset.iter_rows("train") if row["input"].startswith("pool")] == [
+        row["text"] for row in rows["unlabelled"]
+    ]
+    train = {row["text"] for row in rows["train"]} - by_input(line, "validation").keys()
+    assert [row["input"] for row in line.dataset.iter_rows("train")][: len(train)] == [
+        row["text"] for row in rows["train"] if row["text"] in train
+    ]
+
+
+def test_any_text_comes_through_as_it_is(make_line: MakeLine) -> None:
+    texts = ["a\x00b", "🧾 \u202eשלום", "\ufffd", "x" * 100_000, "e\u0301"]
+    line = make_line(rows={"train": [{"text": text, "label": "good"} for text in texts], "test": ROWS["test"]})
+    build_examples(line)
+    write_rationales(line, [said(line, text, rationale=f"why {text}") for text in texts])
+    build_dataset(line)
+    rows = by_input(line, "train") | by_input(line, "validation")
+    assert rows.keys() == set(texts)
+    assert [row["rationales"][0]["rationale"] for text, row in by_input(line, "train").items()] == [
+        f"why {text}" for text in by_input(line, "train")
+    ]
+
+
+# several texts of one row
+
+
+def said(line: Lineage, text: str, label: str | None = "good", **more: Any) -> Row:
+    """A row of the rationales artefact."""
+    row_id = line.task.row_id(text)
+    return {
+        **dict.fromkeys(REJECTED.names),
+        **{"row_id": row_id, "split": "train", "sample": 0, "teacher": "t", "rationale": "why", "label": label},
+        **{"rationalized": False, "agreement": 0.5},
+        **more,
+    }
+
+
+def write_rationales(
+    line: Lineage, accepted: list[Row], rejected: Sequence[Row] = (), artifact: Artifact | None = None
+) -> None:
+    artifact = artifact or line.rationales
+    artifact.begin(force=True)
+    with artifact.writer("accepted", RATIONALES) as writer:
+        for row in accepted:
+            writer.add(row)
+    with artifact.writer("rejected", REJECTED) as writer:
+        for row in rejected:
+            writer.add(row)
+    artifact.finish({}, [], 0.0)
+
+
+@pytest.fixture
+def line(make_line: MakeLine) -> Lineage:
+    made = make_line(rows={**ROWS, "train": [{"text": "row", "label": "good"}, {"text": "other", "label": "bad"}]})
+    build_examples(made)
+    return made
+
+
+def test_texts_of_a_row_stand_by_teacher_and_sample(line: Lineage) -> None:
+    rows = [said(line, "row", teacher=teacher, sample=sample) for sample in (10, 2, 0) for teacher in ("b", "a", "B")]
+    write_rationales(line, rows[::2], [row | {"reason": "too_short"} for row in rows[1::2]])
+    build_dataset(line)
+    made = by_input(line, "train")["row"]["rationales"]
+    assert [(r["teacher"], r["sample"]) for r in made] == [(t, s) for t in ("B", "a", "b") for s in (0, 2, 10)]
+    assert {(r["teacher"], r["sample"]) for r in made if r["reason"]} == {
+        (row["teacher"], row["sample"]) for row in rows[1::2]
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "winner"),
+    [
+        (["good"], "good"),
+        (["bad", "good", "good"], "good"),
+        (["Good", "good", "bad", "bad", "bad."], "bad"),
+        (["bad", "good"], "bad"),
+        (["good", "bad", "bad", "good"], "good"),
+        ([None, "bad"], "bad"),
+        ([None], None),
+        ([], None),
+    ],
+)
+def test_the_teachers_label_is_what_most_texts_say_or_the_first_of_them(
+    line: Lineage, labels: list[str | None], winner: str | None
+) -> None:
+    rows = [said(line, "row", label, sample=n) for n, label in enumerate(labels)]
+    write_rationales(line, rows[1:], [row | {"reason": "disagrees_with_gold"} for row in rows[:1]])
+    build_dataset(line)
+    assert by_input(line, "train")["row"]["teacher_label"] == winner
+    assert by_input(line, "train")["other"]["teacher_label"] is None
+
+
+def test_of_equal_votes_the_first_teachers_counts(line: Lineage) -> None:
+    write_rationales(line, [said(line, "row", "good", teacher="b"), said(line, "row", "bad", teacher="a")])
+    build_dataset(line)
+    assert by_input(line, "train")["row"]["teacher_label"] == "bad"
+
+
+def test_expressions_vote_by_their_value(make_line: MakeLine) -> None:
+    rows = {
+        "train": [{"text": "row", "label": "7"}, {"text": "other", "label": "8"}],
+        "validation": [{"text": "v", "label": "1"}],
+    }
+    line = make_line(rows=rows, task={"answer": {"kind": "expression"}, "exemplars": []})
+    build_examples(line)
+    write_rationales(line, [said(line, "row", label, sample=n) for n, label in enumerate(["8", "3 + 4", "7"])])
+    build_dataset(line)
+    assert by_input(line, "train")["row"]["teacher_label"] == "3 + 4"
+
+
+def test_a_text_that_was_told_the_gold_label_does_not_vote(line: Lineage) -> None:
+    told = [said(line, "row", "good", sample=n, rationalized=True) for n in (1, 2)]
+    write_rationales(line, told, [said(line, "row", "bad", reason="disagrees_with_gold")])
+    build_dataset(line)
+    row = by_input(line, "train")["row"]
+    assert row["teacher_label"] == "bad"
+    assert [r["rationalized"] for r in row["rationales"]] == [False, True, True]
+
+
+def test_a_row_whose_only_text_was_told_the_gold_label_has_no_teachers_label(line: Lineage) -> None:
+    write_rationales(line, [said(line, "row", rationalized=True)])
+    build_dataset(line)
+    row = by_input(line, "train")["row"]
+    assert (row["teacher_label"], len(row["rationales"])) == (None, 1)
+
+
+# further rationales, of other teachers
+
+
+@pytest.fixture
+def further(tmp_path: Path) -> Artifact:
+    return Artifact(str(tmp_path / "elsewhere" / "rationales" / "0123"), "rationales", "0123")
+
+
+def with_further(line: Lineage, *folders: str) -> Lineage:
+    dataset = line.recipe.dataset.model_copy(update={"rationales": folders})
+    return Lineage(line.recipe.model_copy(update={"dataset": dataset}))
+
+
+def test_rationales_of_other_teachers_are_joined_by_row_id(line: Lineage, further: Artifact) -> None:
+    write_rationales(line, [said(line, "row", "good", teacher="b")])
+    theirs = [said(line, "row", "bad", teacher="a"), said(line, "row", "bad", teacher="c"), said(line, "nowhere")]
+    write_rationales(line, theirs, artifact=further)
+    both = with_further(line, further.uri)
+    build_dataset(both)
+    row = by_input(both, "train")["row"]
+    assert [(r["teacher"], r["label"]) for r in row["rationales"]] == [("a", "bad"), ("b", "good"), ("c", "bad")]
+    assert row["teacher_label"] == "bad"
+    manifest = both.dataset.manifest()
+    assert manifest["rows_of_rationales"] == {line.rationales.uri: 1, further.uri: 1}
+    assert manifest["parents"]["rationales"] == line.rationales.key
+
+
+def test_rationales_of_other_rows_are_refused(line: Lineage, further: Artifact) -> None:
+    write_rationales(line, [said(line, "row")])
+    write_rationales(line, [said(line, "nowhere"), said(line, "test")], artifact=further)
+    both = with_further(line, further.uri)
+    with pytest.raises(UserError, match=f"dataset.rationales: {further.uri} speaks of none of the rows"):
+        build_dataset(both)
+    assert not both.dataset.done()
+
+
+def test_rationales_without_a_manifest_are_refused(line: Lineage, further: Artifact) -> None:
+    write_rationales(line, [said(line, "row")])
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        build_dataset(with_further(line, further.uri))
+
+
+def test_the_same_rationales_do_not_vote_twice(line: Lineage, further: Artifact) -> None:
+    write_rationales(line, [said(line, "row")])
+    write_rationales(line, [said(line, "row")], artifact=further)
+    for folders in ([line.rationales.uri], [further.uri, further.uri + "/"]):
+        with pytest.raises(UserError, match="stand there twice"):
+            build_dataset(with_further(line, *folders))
 
 
 # validation held out of train

@@ -37,6 +37,11 @@ def from_stage(stage: str) -> tuple[str, ...]:
     return STAGES[STAGES.index(stage) :]
 
 
+def but_generations(stages: tuple[str, ...] = STAGES) -> tuple[str, ...]:
+    """Stages that change while the texts that were paid for stay."""
+    return tuple(stage for stage in stages if stage != "generations")
+
+
 def test_every_stage_has_a_place_of_its_own(make_line: MakeLine) -> None:
     line = make_line()
     assert tuple(keys(line)) == STAGES
@@ -71,12 +76,16 @@ def test_resources_change_nothing(make_line: MakeLine, override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "first"),
     [
-        ("source.limit=2", "examples"),
-        ("source.unlabelled=", "examples"),
         ("teacher.temperature=0.7", "generations"),
         ("teacher.max_tokens=32", "generations"),
-        ("teacher.splits=[train]", "generations"),
         ("teacher.engine_args.max_model_len=64", "generations"),
+        ("teacher.prompt=chat", "generations"),
+        ("teacher.chat_template_args={enable_thinking: false}", "generations"),
+        ("teacher.constrain_answer=true", "generations"),
+        ("teacher.splits=[train]", "rationales"),
+        ("curate.thinking=rationale", "rationales"),
+        ("curate.min_agreement=0.5", "rationales"),
+        ("curate.on_disagree=rationalize", "rationales"),
         ("teacher.model=some/teacher", "generations"),
         ("curate.on_disagree=keep", "rationales"),
         ("curate.min_words=9", "rationales"),
@@ -91,6 +100,59 @@ def test_resources_change_nothing(make_line: MakeLine, override: str) -> None:
 )
 def test_a_setting_changes_its_own_stage_and_what_follows(make_line: MakeLine, override: str, first: str) -> None:
     assert changed(keys(make_line()), make_line(override)) == from_stage(first)
+
+
+@pytest.mark.parametrize("override", ["source.limit=2", "source.unlabelled=", "source.near_duplicates=keep"])
+def test_other_rows_ask_only_for_themselves(make_line: MakeLine, override: str) -> None:
+    assert changed(keys(make_line()), make_line(override)) == but_generations()
+
+
+def test_more_samples_are_added_to_those_that_are_there(make_line: MakeLine) -> None:
+    drawn = "teacher.temperature=0.7"
+    more = make_line(drawn, "teacher.samples=5")
+    assert changed(keys(make_line(drawn)), more) == but_generations(from_stage("generations"))
+
+
+@pytest.mark.parametrize("argument", ["max_num_seqs", "enforce_eager", "gpu_memory_utilization"])
+def test_an_engines_resources_pay_for_nothing_again(make_line: MakeLine, argument: str) -> None:
+    assert changed(keys(make_line()), make_line(f"teacher.engine_args.{argument}=1")) == ()
+
+
+def test_an_endpoint_is_known_by_its_models_name_and_not_by_its_place(make_line: MakeLine) -> None:
+    at = ["teacher.engine=openai", "teacher.model=m"]
+    before = keys(make_line(*at, "teacher.endpoint.url=http://a/v1"))
+    assert changed(before, make_line(*at, "teacher.endpoint={url: http://b/v1, concurrency: 2, retries: 0}")) == ()
+    assert changed(before, make_line("teacher.engine=openai", "teacher.model=n", "teacher.endpoint.url=http://a/v1"))
+
+
+def test_a_retry_that_is_whole_changes_what_is_read(make_line: MakeLine) -> None:
+    line = make_line()
+    before = keys(line)
+    line.retry(2).finish({}, [], 0)
+    assert changed(before, Lineage(line.recipe)) == (), "the first one is not there"
+    line.retry(1).finish({}, [], 0)
+    assert [artifact.key for artifact in Lineage(line.recipe).retries] == [line.retry(1).key, line.retry(2).key]
+    assert changed(before, Lineage(line.recipe)) == from_stage("rationales")
+
+
+def test_rationales_of_another_recipe_go_into_the_dataset(make_line: MakeLine) -> None:
+    other = make_line("name=other").rationales
+    before = keys(make_line())
+    with pytest.raises(UserError, match=r"no manifest\.json in it"):
+        _ = make_line(f"dataset.rationales=[{other.uri}]").dataset
+    other.finish({}, [], 0)
+    assert changed(before, make_line(f"dataset.rationales=[{other.uri}]")) == from_stage("dataset")
+    examples = make_line("name=other").examples
+    examples.finish({}, [], 0)
+    wrong = make_line(f"dataset.rationales=[{examples.uri}]")
+    with pytest.raises(UserError, match="give one of stage rationales"):
+        _ = wrong.dataset
+
+
+def test_a_split_that_the_source_lacks_is_not_asked_for(make_line: MakeLine) -> None:
+    assert make_line().asked == ["train", "test", "unlabelled"]
+    with pytest.raises(UserError, match="none of the splits unlabelled is in the source"):
+        _ = make_line("teacher.splits=[unlabelled]", "source.unlabelled=").asked
 
 
 def test_a_seed_counts_once_texts_are_drawn(make_line: MakeLine) -> None:
@@ -117,13 +179,25 @@ def test_another_prompt_asks_anew_and_reads_no_source_again(make_line: MakeLine,
     [
         {"input": "Text: {text}"},
         {"name": "feeling"},
-        {"label": "mood"},
-        {"answer": {"kind": "choice", "labels": ["good", "bad", "mixed"]}},
         {"answer": {"kind": "choice", "labels": ["good", "bad"], "sentence": "Answer: {label}"}},
     ],
 )
 def test_another_question_changes_everything(make_line: MakeLine, task: dict[str, Any]) -> None:
     assert changed(keys(make_line()), make_line(task=task)) == STAGES
+
+
+@pytest.mark.parametrize(
+    "task", [{"label": "mood"}, {"answer": {"kind": "choice", "labels": ["good", "bad", "mixed"]}}]
+)
+def test_what_the_teacher_does_not_see_is_not_paid_for_again(make_line: MakeLine, task: dict[str, Any]) -> None:
+    assert changed(keys(make_line()), make_line(task=task)) == but_generations()
+
+
+def test_a_hint_counts_where_it_is_given(make_line: MakeLine) -> None:
+    hint = {"hint": "Gold: {label}"}
+    assert changed(keys(make_line()), make_line(task=hint)) == ()
+    told = "curate.on_disagree=rationalize"
+    assert changed(keys(make_line(told)), make_line(told, task=hint)) == from_stage("rationales")
 
 
 def test_a_description_changes_nothing(make_line: MakeLine) -> None:
@@ -143,7 +217,7 @@ def test_other_rows_change_everything_and_another_place_nothing(make_line: MakeL
     assert keys(make_line(f"source.root={tmp_path / 'moved'}", f"storage={tmp_path / 'elsewhere'}")) == before
     train = tmp_path / "train.jsonl"
     train.write_text(train.read_text().replace("train 0", "train zero"))
-    assert changed(before, Lineage(line.recipe)) == STAGES
+    assert changed(before, Lineage(line.recipe)) == but_generations()
 
 
 def test_a_model_is_known_by_its_content_and_not_by_its_place(make_line: MakeLine, tmp_path: Path) -> None:

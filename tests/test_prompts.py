@@ -4,11 +4,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.prompts import completion, completion_prompt, prompt_hash, prompt_head, read_reply, stop_strings
-from pipelines.schema import Reason
+from pipelines.errors import UserError
+from pipelines.prompts import (
+    Style,
+    answer_structure,
+    chat_messages,
+    completion,
+    completion_prompt,
+    prompt_hash,
+    prompt_head,
+    stop_strings,
+)
 from pipelines.tasks import Task
+from pipelines.tasks.task import Length
 
 PLACES = ["bank", "train", "train station", "café"]
+SIGNS = ["c++", "(none) |", "a.b-c", "$5 [each]^", "back\\slash", "two\nlines", "{x}*", "图书馆 🧾"]
 
 
 def task(answer: dict[str, Any], **keys: Any) -> Task:
@@ -20,18 +31,23 @@ PLACE = task(
     {"kind": "row_choice", "choices": "choices", "sentence": "So the answer is ({letter}) {label}."},
     input="{text}\n{choices}",
 )
-SUM = task({"kind": "expression", "sentence": "The answer is {label}."})
-TEXT = task({"kind": "text", "sentence": "Answer: {label}."})
 OWN_LINE = task({"kind": "choice", "labels": ["yes", "no"], "sentence": "\nAnswer: {label}"})
+REPEATING = task({"kind": "choice", "labels": ["yes", "no"], "sentence": "tell that to the test: {label}!"})
 SHOWN = task(
     {"kind": "choice", "labels": ["good", "bad"]},
     instruction="Judge.\n",
     exemplars=[{"input": {"text": "Fine {x}."}, "rationale": " It is fine. ", "label": "good"}],
 )
-
-
-def label(asked: Task, text: str) -> str | None:
-    return read_reply(asked, text, PLACES if asked is PLACE else None).label
+FORMS = task(
+    {"kind": "choice", "labels": ["good", "bad"]},
+    exemplars=[
+        {
+            "input": {"text": "Fine."},
+            "rationale": {"short": "Fine.", "medium": "It is fine.", "full": "They say that it is fine."},
+            "label": "good",
+        }
+    ],
+)
 
 
 # prompts
@@ -57,15 +73,69 @@ def test_the_hash_changes_with_what_the_teacher_sees() -> None:
     assert prompt_hash(SHOWN) == prompt_hash(SHOWN.model_copy()) != prompt_hash(other)
 
 
-@pytest.mark.parametrize(
-    ("asked", "answer"),
-    [(POLICY, "no refund"), (PLACE, "café"), (SUM, "(3 + 4) * 2"), (TEXT, "42.5 km"), (OWN_LINE, "no")],
-)
-@pytest.mark.parametrize("rationale", ["It follows.", "First this\nand then that", "", "Is it {so}? \\1 (b) Yes"])
-def test_a_completion_is_read_back(asked: Task, answer: str, rationale: str) -> None:
-    written = completion(asked, rationale, answer, PLACES if asked is PLACE else None)
-    reply = read_reply(asked, written, PLACES if asked is PLACE else None)
-    assert (reply.rationale, reply.label, reply.reason) == (rationale, answer, None)
+def test_every_form_of_the_prompt_has_a_hash_of_its_own() -> None:
+    styles: tuple[Style, ...] = ("completion", "chat")
+    lengths: tuple[Length, ...] = ("short", "medium", "full")
+    forms = [(style, length, hinted) for style in styles for length in lengths for hinted in (False, True)]
+    assert len({prompt_hash(FORMS, *form) for form in forms}) == len(forms)
+
+
+def test_a_hint_changes_the_hash_where_no_exemplar_shows_it() -> None:
+    hashes = {prompt_hash(POLICY, style, hinted=hinted) for style in ("completion", "chat") for hinted in (False, True)}
+    reworded = POLICY.model_copy(update={"hint": "({label} is right.)"})
+    assert len(hashes | {prompt_hash(reworded, hinted=True), prompt_hash(reworded, "chat", hinted=True)}) == 6
+    assert prompt_hash(reworded) == prompt_hash(POLICY), "a hint that is not told changes nothing"
+
+
+def test_what_a_chat_does_not_see_does_not_change_its_hash() -> None:
+    other = SHOWN.model_copy(update={"prompt": "Text: {input}\nReasoning:"})
+    assert prompt_hash(SHOWN, "chat") == prompt_hash(other, "chat")
+    assert prompt_hash(SHOWN) != prompt_hash(other)
+
+
+def test_the_exemplars_reason_at_the_length_that_was_asked_for() -> None:
+    assert completion_prompt(FORMS, "Bad.", "short") == "Q: Fine.\nA: Fine. So the answer is good.\n\nQ: Bad.\nA:"
+    assert "A: It is fine. So" in prompt_head(FORMS, "medium")
+    assert prompt_head(FORMS) == prompt_head(FORMS, "full")
+
+
+@pytest.mark.parametrize("render", [completion_prompt, chat_messages])
+def test_a_length_that_the_exemplars_lack_is_a_mistake(render: Any) -> None:
+    with pytest.raises(UserError, match=r"task t, exemplar 1: no short rationale; give it as `rationale: {short: …"):
+        render(SHOWN, "Bad.", "short")
+
+
+def test_a_hint_stands_on_a_line_of_its_own_after_every_input() -> None:
+    prompt = completion_prompt(SHOWN, "Bad.", hint="bad")
+    assert prompt == (
+        "Judge.\n\nQ: Fine {x}.\n(The right answer is good.)\nA: It is fine. So the answer is good.\n\n"
+        "Q: Bad.\n(The right answer is bad.)\nA:"
+    )
+    assert prompt.startswith(prompt_head(SHOWN, hinted=True))
+
+
+def test_a_chat_is_the_same_in_turns() -> None:
+    assert chat_messages(SHOWN, "Bad.", hint="bad") == (
+        {"role": "system", "content": "Judge."},
+        {"role": "user", "content": "Fine {x}.\n(The right answer is good.)"},
+        {"role": "assistant", "content": "It is fine. So the answer is good."},
+        {"role": "user", "content": "Bad.\n(The right answer is bad.)"},
+    )
+
+
+def test_a_chat_without_instruction_and_exemplars_is_one_turn() -> None:
+    assert chat_messages(POLICY, "It broke.") == ({"role": "user", "content": "It broke."},)
+
+
+def test_a_chat_shows_the_choices_and_the_letter() -> None:
+    exemplar = {"input": {"text": "Money?", "choices": PLACES}, "rationale": "It is kept there.", "label": "bank"}
+    _, answer, _ = chat_messages(task(PLACE.answer.model_dump(), input=PLACE.input, exemplars=[exemplar]), "x")
+    assert answer["content"] == "It is kept there. So the answer is (a) bank."
+
+
+@given(st.text(), st.text())
+def test_any_input_and_any_hint_stand_in_a_chat_as_they_are(text: str, hint: str) -> None:
+    assert chat_messages(SHOWN, text, hint=hint)[-1]["content"] == f"{text}\n(The right answer is {hint}.)"
 
 
 # where a text stops
@@ -84,169 +154,72 @@ def test_the_next_exemplar_is_known_by_how_exemplars_begin(keys: dict[str, Any],
     assert stop_strings(task({"kind": "text"}, **keys)) == [stop]
 
 
-@pytest.mark.parametrize(
-    "run_on",
-    [
-        "\n\nQ: And this?\nA: No. So the answer is repair.",
-        "\n\nQ: What is",
-        "\n\n\nQ: So the answer is repair.",
-        " \n\nQ:",
-    ],
-)
-def test_a_made_up_next_exemplar_is_cut_off(run_on: str) -> None:
-    reply = read_reply(POLICY, "It broke. So the answer is refund." + run_on)
-    assert (reply.rationale, reply.label) == ("It broke.", "refund")
+def test_a_chat_ends_by_itself() -> None:
+    assert stop_strings(POLICY, "chat") == []
+    assert stop_strings(POLICY.model_copy(update={"stop": ("###",)}), "chat") == ["###"]
+
+
+# the form of an answer
+
+
+def has_form(structure: str, text: str) -> bool:
+    """Whether the engine's own grammar takes a text as a whole."""
+    import xgrammar
+
+    signs = xgrammar.TokenizerInfo([bytes([n]) for n in range(256)] + [b"</s>"], stop_token_ids=[256])
+    form = xgrammar.GrammarCompiler(signs, max_threads=1).compile_structural_tag(structure)
+    matcher = xgrammar.GrammarMatcher(form)
+    return matcher.accept_string(text) and matcher.accept_token(256)
 
 
 @pytest.mark.parametrize(
-    "text", ["\n\nQ: And this?\nA: So the answer is refund.", " It broke.\n\nQ: So the answer is refund."]
+    ("asked", "choices"),
+    [(POLICY, None), (OWN_LINE, None), (REPEATING, None), (PLACE, PLACES), (PLACE, SIGNS)],
 )
-def test_the_answer_to_a_made_up_exemplar_is_not_an_answer(text: str) -> None:
-    assert read_reply(POLICY, text).reason is Reason.UNPARSABLE
-
-
-def test_an_empty_line_within_a_rationale_ends_nothing_when_exemplars_have_an_opening() -> None:
-    assert read_reply(POLICY, "One.\n\nTwo. So the answer is refund.").rationale == "One.\n\nTwo."
-
-
-def test_without_an_opening_an_empty_line_ends_the_text_but_not_before_it_began() -> None:
-    bare = task({"kind": "choice", "labels": ["yes", "no"]}, prompt="{input}\n")
-    assert label(bare, "\n\n Why not. So the answer is yes.\n\nSo the answer is no.") == "yes"
-
-
-def test_a_task_may_name_more_stop_strings() -> None:
-    stopped = task({"kind": "choice", "labels": ["yes", "no"]}, stop=["###"])
-    assert read_reply(stopped, "Why not. ### So the answer is yes.").reason is Reason.UNPARSABLE
-
-
-# reading the answer
-
-
-def test_without_the_answer_sentence_a_text_is_unparsable_and_says_what_was_looked_for() -> None:
-    reply = read_reply(POLICY, "It broke, and a refund is")
-    assert (reply.label, reply.reason, reply.rationale) == (None, Reason.UNPARSABLE, "It broke, and a refund is")
-    assert reply.detail == "no 'So the answer is' in the text"
-
-
-@pytest.mark.parametrize("text", ["", " ", "\n", "So the answer is", "So the answer is ."])
-def test_an_empty_answer_is_no_label(text: str) -> None:
-    assert read_reply(POLICY, text).label is None
-    assert read_reply(SUM, text).reason is Reason.UNPARSABLE
-
-
-@pytest.mark.parametrize("answer", ["exchange", "refunded", "not refund", "either refund or repair", "re fund"])
-def test_a_label_outside_the_set_is_shown(answer: str) -> None:
-    reply = read_reply(POLICY, f"It broke. So the answer is {answer}.")
-    assert (reply.label, reply.reason) == (None, Reason.LABEL_NOT_IN_SET)
-    assert answer in reply.detail
-
-
-def test_the_detail_of_a_strange_answer_stays_short() -> None:
-    assert len(read_reply(POLICY, "So the answer is " + "very " * 1000).detail) < 100
+@pytest.mark.parametrize("rationale", ["It follows.", "Sober So Soon So the answer. So the", "", "注意！ 🧾 (b) Yes?"])
+def test_what_a_teacher_should_write_has_the_form(
+    asked: Task, choices: list[str] | None, rationale: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    structure = answer_structure(asked, choices)
+    for label in choices or asked.answer.labels:
+        written = completion(asked, rationale, label, choices)
+        assert has_form(structure, written)
+        assert rationale == "" or has_form(structure, written.removeprefix(" "))
+        assert not has_form(structure, written + "x"), "nothing may follow"
+    assert "arning" not in capfd.readouterr().err, "an escape that it does not know"
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "It broke. So the answer is refund.",
-        "It broke, so  the\nanswer is Refund",
-        "It broke. So the answer is: **refund**.",
-        "It broke. So the answer is “REFUND”",
-        "It broke. So the answer is ｒｅｆｕｎｄ.",  # full-width letters
-        "It broke. So the answer is refund. A repair would be too dear.",
+        "",
+        " It broke.",
+        " It broke. So the answer is",
+        " It broke. So the answer is exchange.",
+        " It broke. So the answer is refund",
+        " It broke. So the answer is refund.\n\nQ: And this?",
+        " It broke. So the answer is refund. Or is it? So the answer is repair.",
+        " It broke. So the answer is exchange. So the answer is repair.",
+        " SSo the answer is exchange. So the answer is repair.",
+        " It\nbroke. So the answer is refund.",
     ],
 )
-def test_spellings_of_an_answer(text: str) -> None:
-    assert label(POLICY, text) == "refund"
+def test_no_other_text_has_the_form(text: str) -> None:
+    assert not has_form(answer_structure(POLICY), text)
 
 
-def test_the_longest_label_wins() -> None:
-    assert label(POLICY, "So the answer is no refund.") == "no refund"
+def test_the_form_holds_with_an_answer_that_no_words_announce() -> None:
+    bare = task({"kind": "choice", "labels": ["yes", "no"], "sentence": "({label})"})
+    assert has_form(answer_structure(bare), " (yes)")
+    assert not has_form(answer_structure(bare), " Why not. (yes)"), "such an answer is read at the start alone"
 
 
-def test_words_that_only_end_like_the_answer_sentence_do_not_count() -> None:
-    assert read_reply(POLICY, "Also the answer is refund.").reason is Reason.UNPARSABLE
+@pytest.mark.parametrize("kind", ["expression", "text"])
+def test_an_open_set_has_no_form(kind: str) -> None:
+    with pytest.raises(UserError, match=rf"task t: teacher.constrain_answer needs a closed set .* its kind is {kind}"):
+        answer_structure(task({"kind": kind}))
 
 
-@pytest.mark.parametrize("before", ["they are brothers.\n", "they are brothers\n", "they are brothers. "])
-def test_an_answer_on_a_line_of_its_own_needs_no_full_stop_before_it(before: str) -> None:
-    assert label(OWN_LINE, f"{before}Answer: yes\n\nQ: x\nA: y\nAnswer: no") == "yes"
-
-
-@pytest.mark.parametrize(
-    ("answer", "chosen"),
-    [
-        ("(b) train.", "train"),
-        ("(c) train station.", "train station"),
-        ("(C) Train Station", "train station"),
-        ("b) train", "train"),
-        ("(b).", "train"),
-        ("(b", None),
-        ("**(a) bank**.", "bank"),
-        ("train station.", "train station"),
-        ("(a) the river bank.", "bank"),  # the letter alone can be read
-        ("(d) cafe\u0301.", "café"),  # in another unicode form
-        ("(z) bank.", "bank"),  # the words alone can be read
-        ("(z) river.", None),
-        ("(\u017f) bank.", None),  # the long s is a letter, but not of the list
-        ("(a) train.", None),  # letter and words contradict each other
-        ("(b) train station.", None),
-        ("(a) bank or (b) train.", None),  # two choices are none
-        ("either (a) bank or (b) train.", None),
-        ("(a) bank. Neither (b) nor (c) has money.", "bank"),
-        ("river.", None),
-    ],
-)
-def test_a_choice_of_the_row(answer: str, chosen: str | None) -> None:
-    reply = read_reply(PLACE, f"Money is kept there. So the answer is {answer}", PLACES)
-    assert reply.label == chosen
-    assert (reply.reason is None) == (chosen is not None)
-
-
-def test_choices_with_the_signs_of_regular_expressions() -> None:
-    signs = ["c++", "(none)", "a.b", "$5 [each]"]
-    for letter, sign in zip("abcd", signs, strict=True):
-        assert read_reply(PLACE, f"So the answer is ({letter}) {sign}.", signs).label == sign
-
-
-@pytest.mark.parametrize(
-    ("answer", "equation"),
-    [
-        ("(84 / 2).", "(84 / 2)"),
-        ("(102 * 11) - 8.\n\nQ: 3 - 1?", "(102 * 11) - 8"),
-        ("42", "42"),
-        ("84 / 2 = 42.", "84 / 2"),
-    ],
-)
-def test_an_equation(answer: str, equation: str) -> None:
-    assert label(SUM, f"Halve it. The answer is {answer}") == equation
-
-
-@pytest.mark.parametrize(
-    "answer", ["(25 + x).", "(84 / 0).", "(9 + 6", "forty-two.", "((1 and 2)).", "9" * 400, "(" * 400]
-)
-def test_an_answer_that_is_no_arithmetic_is_unparsable(answer: str) -> None:
-    assert read_reply(SUM, f"Hm. The answer is {answer}").reason is Reason.UNPARSABLE
-
-
-def test_literal_braces_in_the_answer_sentence() -> None:
-    boxed = task({"kind": "expression", "sentence": "\\boxed{{{label}}}"})
-    assert completion(boxed, "Add.", "3 + 4") == " Add. \\boxed{3 + 4}"
-    assert label(boxed, "Add. \\boxed{3 + 4}") == "3 + 4"
-
-
-@pytest.mark.parametrize(
-    ("answer", "read"), [("Paris.", "Paris"), ("St. Ives.\nMore.", "St. Ives"), ("Paris", "Paris"), (".", None)]
-)
-def test_a_text_answer_is_the_rest_of_its_line(answer: str, read: str | None) -> None:
-    assert label(TEXT, f"It is the capital. Answer: {answer}") == read
-
-
-@given(
-    st.text()
-    | st.lists(st.sampled_from(["So the answer is", "(a)", " bank", "train", "\n\nQ:", "(", "1", "/0"])).map("".join)
-)
-def test_any_text_is_read_without_an_exception_as_either_a_label_or_a_reason(text: str) -> None:
-    for asked in (POLICY, PLACE, SUM, TEXT, OWN_LINE):
-        reply = read_reply(asked, text, PLACES if asked is PLACE else None)
-        assert (reply.label is None) == (reply.reason is not None)
+def test_a_row_without_its_choices_has_no_form() -> None:
+    with pytest.raises(ValueError, match="needs the row's choices"):
+        answer_structure(PLACE)

@@ -28,8 +28,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pipelines.prompts import completion, completion_prompt, prompt_head, read_reply
+from pipelines.prompts import completion, completion_prompt, prompt_head
 from pipelines.quickstart.returns_desk import TEACHER_FRAMES, Case, decide, explain, split, stream
+from pipelines.replies import read_reply
 from pipelines.tasks import Task, load_task
 
 HERE = Path(__file__).parent

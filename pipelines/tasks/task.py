@@ -23,6 +23,7 @@ from pipelines.tasks.expression import ExpressionError, evaluate
 
 SHIPPED = Path(__file__).parent
 Kind = Literal["choice", "row_choice", "expression", "text"]
+Length = Literal["short", "medium", "full"]
 CHOICES_FIELD = "choices"  # `{choices}` in a template: the row's choices, one lettered line each
 
 
@@ -53,12 +54,36 @@ class Answer(_Frozen):
             raise ValueError(f"`values` maps to {sorted(unknown)}, not among `labels`")
         return self
 
+    @property
+    def around(self) -> tuple[str, str]:
+        """What the sentence says before the label, or before its letter, and after both."""
+        before, *_, after = self.sentence.format(label="\0", letter="\0").split("\0")
+        return before, after
+
+    @property
+    def lead(self) -> str:
+        """The words by which the sentence is known in a text; empty when it begins with the label."""
+        return self.around[0].strip().removesuffix("(").strip()
+
+
+class Rationale(_Frozen):
+    """An exemplar's reasoning at three lengths; in a task file, a string is the full one alone."""
+
+    short: str | None
+    medium: str | None
+    full: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: object) -> object:
+        return value if isinstance(value, Mapping | Rationale) else {"short": None, "medium": None, "full": value}
+
 
 class Exemplar(_Frozen):
     """One worked example of the prompt: the columns that `input` needs, a rationale, a label."""
 
     input: dict[str, Any]
-    rationale: str
+    rationale: Rationale
     label: str
 
 
@@ -73,11 +98,15 @@ class Task(_Frozen):
     instruction: str = Field(default="", description="first thing in every prompt")
     prompt: str = Field(default="Q: {input}\nA:", description="how one input is put to the teacher")
     exemplars: tuple[Exemplar, ...] = ()
+    hint: str = Field(
+        default="(The right answer is {label}.)", description="tells the gold label, where a rationale is asked for it"
+    )
     stop: tuple[str, ...] = Field(default=(), description="ends of a teacher's answer, besides the next exemplar")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _must_format("prompt", self.prompt, input="\0")
+        _must_format("hint", self.hint, label="\0")
         if not all(self.stop):
             raise ValueError("`stop` must not hold an empty string")
         if not self.fields:
@@ -162,6 +191,21 @@ class Task(_Frozen):
             except ExpressionError:
                 return False
         return normalise_answer(left) == normalise_answer(right)
+
+    def rationales(self, length: Length = "full") -> list[str]:
+        """The exemplars' rationales at one length, in their order.
+
+        Raises:
+            UserError: an exemplar has its rationale in full alone.
+        """
+        texts: list[str | None] = [getattr(exemplar.rationale, length) for exemplar in self.exemplars]
+        for number, text in enumerate(texts, 1):
+            if text is None:
+                raise UserError(
+                    f"task {self.name}, exemplar {number}: no {length} rationale; give it as "
+                    "`rationale: {short: …, medium: …, full: …}`"
+                )
+        return [text for text in texts if text is not None]
 
     def row_id(self, text: str) -> str:
         """The id of an input: a hash of the task's name and the input with its white space normalised."""

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from pipelines.errors import UserError
 from pipelines.tasks import Answer, Task, load_task
+from pipelines.tasks.task import Length
 
 SENTIMENT = """
 name: sentiment
@@ -17,6 +18,7 @@ answer:
 exemplars:
   - {input: {text: I would buy it again.}, rationale: They would buy it again., label: good}
 """
+WHY = "They would buy it again."
 
 
 def task(**keys: Any) -> Task:
@@ -90,6 +92,10 @@ def test_an_exemplar_whose_label_is_outside_the_set(tmp_path: Path) -> None:
         (SENTIMENT.replace("[good, bad]", "[yes, no]"), "answer.labels.0: input should be a valid string, not True"),
         (SENTIMENT.replace("[good, bad]", "[good]"), "two or more"),
         (SENTIMENT.replace("kind: choice", "kind: chioce"), "answer.kind"),
+        (SENTIMENT + "hint: it is known", "`hint` must hold {label}"),
+        (SENTIMENT.replace(WHY, "{short: a, full: c}"), "exemplars.0.rationale.medium: field required"),
+        (SENTIMENT.replace(WHY, "{short: a, medum: b, full: c}"), "did you mean 'medium'?"),
+        (SENTIMENT.replace(WHY, "3"), "exemplars.0.rationale.full: input should be a valid string, not 3"),
     ],
 )
 def test_what_is_wrong_with_a_file(tmp_path: Path, text: str, expected: str) -> None:
@@ -194,3 +200,36 @@ def test_row_ids_ignore_white_space_and_unicode_form_but_neither_case_nor_task()
     assert one.row_id("a  café\n") == one.row_id("a cafe\u0301")
     assert one.row_id("A café") != one.row_id("a café")
     assert one.row_id("a café") != task(name="other").row_id("a café")
+
+
+def test_a_rationale_at_three_lengths(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        SENTIMENT.replace(WHY, "{short: Again., medium: Buy again., full: Would buy again.}"), encoding="utf-8"
+    )
+    read = load_task(str(path))
+    lengths: tuple[Length, ...] = ("short", "medium", "full")
+    assert [read.rationales(length) for length in lengths] == [["Again."], ["Buy again."], ["Would buy again."]]
+    assert read == Task.model_validate(read.model_dump())
+
+
+def test_a_rationale_in_full_alone_has_no_other_length(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SENTIMENT, encoding="utf-8")
+    assert load_task(str(path)).rationales() == [WHY]
+    with pytest.raises(UserError, match=r"task sentiment, exemplar 1: no medium rationale; give it as `rationale: {"):
+        load_task(str(path)).rationales("medium")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "around", "lead"),
+    [
+        ("So the answer is ({letter}) {label}.", ("So the answer is (", "."), "So the answer is"),
+        ("\nAnswer: {label}", ("\nAnswer: ", ""), "Answer:"),
+        ("\\boxed{{{label}}}", ("\\boxed{", "}"), "\\boxed{"),
+        ("({label})", ("(", ")"), ""),
+    ],
+)
+def test_what_stands_around_the_label(sentence: str, around: tuple[str, str], lead: str) -> None:
+    answer = Answer(kind="text", sentence=sentence)
+    assert (answer.around, answer.lead) == (around, lead)
