@@ -38,7 +38,6 @@ app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=F
 def compare(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="One turn, the quickstart's teacher alone, few rows.")] = False,
-    results: Annotated[Path | None, typer.Option(help="Also write the JSON object there.")] = None,
 ) -> None:
     """Run all sides in turn; print a table, then one JSON object."""
     console = Console()
@@ -68,8 +67,6 @@ def compare(
         "met": all(ratios[name] >= least for name, least in must.items()),
         "rows_per_second": speeds,
     }
-    if results is not None:
-        results.write_text(json.dumps(made, indent=2) + "\n")
     print(json.dumps(made))
 
 

@@ -6,14 +6,9 @@ million rows took three times the memory that they take for ten thousand.)
 
 import json
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import duckdb
-import pyarrow as pa
-from pyarrow.dataset import Dataset
 
 from pipelines.errors import UserError
 
@@ -61,14 +56,3 @@ class RowsById:
             self._sorted = True
         found = self._database.execute("SELECT row FROM said WHERE row_id = ? ORDER BY rowid", (row_id,))
         return [json.loads(row) for (row,) in found]
-
-
-def query(sql: str, **tables: Dataset | pa.Table) -> Iterator[pa.RecordBatch]:
-    """The result of a query, batch by batch; `tables` are the names that it may read."""
-    with tempfile.TemporaryDirectory() as folder, duckdb.connect() as connection:
-        connection.execute("SET memory_limit='256MB'")
-        connection.execute("SET temp_directory=?", [folder])
-        connection.execute("SET enable_progress_bar=false")
-        for name, table in tables.items():
-            connection.register(name, table)
-        yield from connection.sql(sql).to_arrow_reader(8192)

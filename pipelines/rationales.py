@@ -5,7 +5,6 @@ Writes three kinds of artefact: `examples`, `generations` (the teacher's raw tex
 rejected is what was asked for.
 """
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.examples import build_examples
 from pipelines.lineage import Lineage
 from pipelines.meter import TOKENS, cost, gpu_hours, spent
-from pipelines.query import query
+from pipelines.query import RowsById, scratch_database
 from pipelines.schema import GENERATIONS, RATIONALES, REJECTED, SPLITS, Reason
 from pipelines.teacher import ROWS, Asking, ask, make_keys
 
@@ -172,46 +171,38 @@ class _Judged:
 
 def _judged(line: Lineage, hinted: bool = False) -> Iterator[_Judged]:
     """Every row that the teacher was asked, in the order of the examples."""
-    task, curate = line.task, line.recipe.curate
-    texts: dict[str, tuple[Artifact, bool]] = {"generations": (line.generations, False)}
-    texts |= {f"retry{number}": (artifact, False) for number, artifact in enumerate(line.retries, 1)}
+    task, curate, teacher = line.task, line.recipe.curate, line.recipe.teacher
+    texts = [(line.generations, False), *((artifact, False) for artifact in line.retries)]
     if hinted and line.hinted.done():
-        texts["hinted"] = (line.hinted, True)
-    tables = {name: artifact.dataset(ROWS) for name, (artifact, _) in texts.items()}
-    tables |= {f"examples_{split}": line.examples.dataset(split) for split in line.asked}
-    for (split, _), found in itertools.groupby(
-        _rows(line, list(texts), tables), key=lambda r: (r["split"], r["position"])
-    ):
-        rows = list(found)
-        gold = rows[0]["gold"]
-        compared = gold if split == "train" else None  # the test split is scored, never filtered
-        samples = [
-            judge(task, curate, row, row["choices"], compared, row["hinted"], line.recipe.teacher.prompt)
-            for _, (row, *_) in itertools.groupby(rows, key=lambda r: r["sample"])  # the last try of each sample
-        ]
-        samples, label = vote(
-            task, samples, curate.min_agreement, compared is not None and curate.on_disagree != "keep"
-        )
-        yield _Judged(split, gold, samples, label)
-
-
-def _rows(line: Lineage, texts: list[str], tables: dict[str, Any]) -> Iterator[Row]:
-    """Texts with their examples, by position, sample, and the last try first."""
-    most = f"WHERE sample < {line.recipe.teacher.samples}" if line.recipe.teacher.engine != "outputs" else ""
-    said = " UNION ALL ".join(
-        f"SELECT *, {number} AS try, {name == 'hinted'} AS hinted FROM {name} {most if name == 'generations' else ''}"
-        for number, name in enumerate(texts)
-    )
-    asked = " UNION ALL ".join(
-        f"SELECT row_id, position, choices, label AS gold, {number} AS place FROM examples_{split}"
-        for number, split in enumerate(line.asked)
-    )
-    sql = f"""
-        SELECT said.*, position, choices, gold FROM ({said}) AS said JOIN ({asked}) AS asked USING (row_id)
-        ORDER BY place, position, sample, try DESC
-    """
-    for batch in query(sql, **tables):
-        yield from batch.to_pylist()
+        texts.append((line.hinted, True))
+    with scratch_database() as database:
+        said = RowsById(database)
+        for artifact, told in texts:
+            said.extend({**row, "hinted": told} for row in artifact.iter_rows(ROWS))
+        for split in line.asked:
+            for example in line.examples.iter_rows(split):
+                tries = {row["sample"]: row for row in said.find(example["row_id"])}  # the last of each sample
+                if teacher.engine != "outputs":
+                    tries = {n: row for n, row in tries.items() if n < teacher.samples or row["hinted"]}
+                if not tries:
+                    continue
+                gold = example["label"]
+                compared = gold if split == "train" else None  # the test split is scored, never filtered
+                samples = [
+                    judge(
+                        task,
+                        curate,
+                        row | {"split": split},
+                        example["choices"],
+                        compared,
+                        row["hinted"],
+                        teacher.prompt,
+                    )
+                    for _, row in sorted(tries.items())
+                ]
+                by_vote = compared is not None and curate.on_disagree != "keep"
+                samples, label = vote(task, samples, curate.min_agreement, by_vote)
+                yield _Judged(split, gold, samples, label)
 
 
 def _judge_all(line: Lineage, artifact: Artifact) -> None:
