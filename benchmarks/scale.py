@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,8 +59,14 @@ def main(
 ) -> None:
     """Time and memory of `distill rationales` and `distill dataset`, from ten thousand to a million rows."""
     sizes = [5_000, 50_000] if quick else [10_000, 100_000, 1_000_000]
-    start_up, smallest = _least(_FEW, folder), _least(sizes[0], folder)
-    measured = [smallest, *(_measure(rows, folder) for rows in sizes[1:])]
+    # short runs stand before and after each long one, so that whatever else the machine does falls on all alike
+    short = [(_measure(_FEW, folder), _measure(sizes[0], folder)) for _ in range(2)]
+    long = []
+    for rows in sizes[1:]:
+        long.append(_measure(rows, folder))
+        short += [(_measure(_FEW, folder), _measure(sizes[0], folder)) for _ in range(2)]
+    start_up, smallest = (_median(runs) for runs in zip(*short, strict=True))
+    measured = [smallest, *long]
     lines = [_figures(size, start_up) for size in measured]
     growth = {name: lines[-1][name] / lines[0][name] for name in lines[0]}
     table = Table(title="From files to a dataset", title_justify="left")
@@ -100,9 +106,8 @@ def _figures(size: Measured, start_up: Measured) -> dict[str, float]:
     }
 
 
-def _least(rows: int, folder: Path | None) -> Measured:
-    """The least disturbed of three runs, which short ones need."""
-    return min((_measure(rows, folder) for _ in range(3)), key=lambda measured: measured.cpu_seconds)
+def _median(runs: Sequence[Measured]) -> Measured:
+    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
 def _measure(rows: int, folder: Path | None) -> Measured:

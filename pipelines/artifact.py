@@ -166,11 +166,11 @@ class Artifact:
         path = self.path(file) if self.fs.exists(self.path(file)) else self.path(name)
         return pq.read_table(path, columns=columns, filesystem=self.fs)
 
-    def dataset(self, folder: str) -> "Dataset":
-        """The Parquet files of a folder, to be scanned without reading them whole."""
+    def dataset(self, folder: str, schema: pa.Schema) -> "Dataset":
+        """The Parquet files of a folder, none or more, to be scanned without reading them whole."""
         import pyarrow.dataset  # brings pandas, a second and 50 MB: only where it is used
 
-        return pyarrow.dataset.dataset(self._parts(folder), filesystem=self.fs)
+        return pyarrow.dataset.dataset(self._parts(folder), schema, format="parquet", filesystem=self.fs)
 
     def iter_rows(self, folder: str) -> Iterator[dict[str, Any]]:
         """The rows of the Parquet files of a folder, file by file in the order of their names."""
@@ -181,6 +181,7 @@ class Artifact:
 
     def _parts(self, folder: str) -> list[str]:
         """The Parquet files of a folder; a name that begins with a dot is a file not yet finished."""
+        self.fs.invalidate_cache()  # others may have written
         paths = sorted(self.fs.find(self.path(folder), maxdepth=1))  # no glob: the path may hold a `[`
         return [p for p in paths if p.endswith(".parquet") and not p.rpartition("/")[2].startswith(".")]
 

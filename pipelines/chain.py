@@ -29,6 +29,8 @@ def run_chain(line: Lineage, force: bool = False) -> Artifact:
 def _check_whole(line: Lineage) -> None:
     """What a late stage would find at fault, before the teacher is paid."""
     _ = line.report  # its key holds the keys of all stages, so every file and model must be there
-    split = line.recipe.evaluate.split
-    if split == "test" and "test" not in line.recipe.source.files():
+    source, split = line.recipe.source, line.recipe.evaluate.split
+    if not (source.train or source.validation):
+        raise UserError("source has neither train nor validation, and a student's checkpoint is chosen on gold labels")
+    if split == "test" and not source.test:
         raise UserError("source.test is not given; give it, or set evaluate.split to validation")

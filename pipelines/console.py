@@ -6,6 +6,7 @@ from typing import TypeVar
 from rich import progress
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 console = Console(highlight=False)
 
@@ -25,10 +26,10 @@ def track(items: Iterable[_T], what: str, total: int) -> Iterable[_T]:
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]], numbers: bool = True) -> None:
-    """A table; columns of numbers, all after the first, are right-aligned."""
-    table = Table(title=title, title_justify="left")
+    """A table; columns of numbers, all after the first, are right-aligned. Cells are plain text, not markup."""
+    table = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number and numbers else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)

@@ -18,6 +18,7 @@ from pipelines.recipe import BUILTIN, Recipe, Run, Split, resolve
 from pipelines.tasks import Task, load_task
 
 MODEL = "model"  # the folder of the student within a train artefact
+ROWS = "rows"  # the folder of the texts within a generations artefact
 _PROMPTING = {"instruction", "prompt", "exemplars", "stop", "description", "hint"}
 # arguments of vLLM's engine that change how fast it writes, and not what
 _ENGINE_RESOURCES = {

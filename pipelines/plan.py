@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 from pipelines.console import say, show_table
 from pipelines.errors import UserError
 from pipelines.examples import build_examples
-from pipelines.lineage import Lineage
+from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import cost, gpu_hours
 from pipelines.prompts import chat_messages, completion_prompt
 from pipelines.recipe import resolve
-from pipelines.teacher import ROWS, Asking, Keys, ask, keys_on_disk, make_keys, pending_keys
+from pipelines.schema import EXAMPLES, GENERATIONS
+from pipelines.teacher import Asking, Keys, ask, keys_on_disk, make_keys, pending_keys
 
 _TOKENISED = 1000
 
@@ -73,7 +74,7 @@ def _estimate(
     line: Lineage, pending: Sequence[tuple[str, int]], rate: float | None, start: float, account: dict[str, Any] | None
 ) -> dict[str, Any]:
     teacher, count = line.recipe.teacher, len(pending)
-    known = line.generations.dataset(ROWS).to_table(columns=["input_tokens", "output_tokens"])
+    known = line.generations.dataset(ROWS, GENERATIONS).to_table(columns=["input_tokens", "output_tokens"])
     written = _mean(
         known["output_tokens"].drop_null().to_pylist(), Estimate(1, teacher.max_tokens / 2, teacher.max_tokens)
     )
@@ -131,7 +132,7 @@ def _input_tokens(line: Lineage, pending: Sequence[tuple[str, int]]) -> list[int
     tokenizer = AutoTokenizer.from_pretrained(resolve(teacher.model), revision=teacher.revision or "main")
     wanted = pc.field("row_id").isin([row_id for row_id, _ in _some(pending, _TOKENISED)])
     texts = itertools.chain.from_iterable(
-        line.examples.dataset(split).to_table(columns=["input"], filter=wanted)["input"].to_pylist()
+        line.examples.dataset(split, EXAMPLES).to_table(columns=["input"], filter=wanted)["input"].to_pylist()
         for split in line.asked
     )
     if teacher.prompt == "chat":

@@ -3,14 +3,16 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from pipelines.console import console, say
 from pipelines.curate import judge
 from pipelines.examples import build_examples
-from pipelines.lineage import Lineage
+from pipelines.lineage import ROWS, Lineage
 from pipelines.prompts import chat_messages, prompt_head
 from pipelines.rationales import build_generations
-from pipelines.teacher import ROWS, Asking, ask, make_keys
+from pipelines.schema import EXAMPLES
+from pipelines.teacher import Asking, ask, make_keys
 
 
 def preview(line: Lineage, rows: int) -> list[dict[str, Any]]:
@@ -25,7 +27,7 @@ def preview(line: Lineage, rows: int) -> list[dict[str, Any]]:
     """
     build_examples(line)
     split = line.asked[0]
-    examples = line.examples.dataset(split).head(rows).to_pylist()
+    examples = line.examples.dataset(split, EXAMPLES).head(rows).to_pylist()
     if line.recipe.teacher.engine == "outputs":
         build_generations(line)
     else:
@@ -62,13 +64,6 @@ def _show(line: Lineage, made: list[dict[str, Any]]) -> None:
         table.add_column(column, ratio=1, overflow="fold")
     for row in made:
         outcome = f"{row['reason']}: {row['detail']}" if row["reason"] else f"accepted: {row['label']}"
-        table.add_row(
-            *(_plain(t) for t in (row["input"], row["text"] or "-", f"{outcome}\n\n{row['rationale'] or ''}"))
-        )
+        cells = (row["input"], row["text"] or "-", f"{outcome}\n\n{row['rationale'] or ''}")
+        table.add_row(*map(Text, cells))
     console.print(table)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -19,11 +19,11 @@ from pipelines.curate import judge, vote
 from pipelines.engines.outputs import given_outputs
 from pipelines.errors import UserError
 from pipelines.examples import build_examples
-from pipelines.lineage import Lineage
+from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import TOKENS, cost, gpu_hours, spent
 from pipelines.query import RowsById, scratch_database
 from pipelines.schema import GENERATIONS, RATIONALES, REJECTED, SPLITS, Reason
-from pipelines.teacher import ROWS, Asking, ask, make_keys
+from pipelines.teacher import Asking, ask, make_keys
 
 Row = dict[str, Any]
 Funnel = dict[str, dict[str, int]]
@@ -77,7 +77,7 @@ def retry_rejected(line: Lineage, reasons: Sequence[str]) -> Lineage:
         raise UserError(f"--retry-rejected {unknown[0]}: give one or more of {', '.join(RETRIABLE)}")
     if teacher.engine == "outputs":
         raise UserError("--retry-rejected: teacher.engine outputs can't be asked again; mend the given texts")
-    rejected = line.require(line.rationales, "rationales").dataset("rejected")
+    rejected = line.require(line.rationales, "rationales").dataset("rejected", REJECTED)
     wanted = pc.field("reason").isin([str(r) for r in reasons or RETRIED]) & ~pc.field("rationalized")
     found = rejected.to_table(columns=["row_id", "sample"], filter=wanted)
     if not len(found):
@@ -102,7 +102,9 @@ def build_generations(line: Lineage) -> Artifact:
             with artifact.writer(ROWS, GENERATIONS) as rows:
                 for row in _given(line):
                     rows.add(row)
-            artifact.finish(line.snapshot(), [line.examples], start, rows=artifact.dataset(ROWS).count_rows())
+            artifact.finish(
+                line.snapshot(), [line.examples], start, rows=artifact.dataset(ROWS, GENERATIONS).count_rows()
+            )
         return artifact
     covered = artifact.manifest()["covers"] if artifact.done() else {}
     known = covered.get(line.examples.key, {"splits": [], "samples": 0})

@@ -21,20 +21,20 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.artifact import Artifact
+from pipelines.console import say
 from pipelines.curate import judge
 from pipelines.engines import Completion, Engine, EngineDied, Request
 from pipelines.errors import UserError
-from pipelines.lineage import Lineage
+from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import Meter, Metrics
 from pipelines.prompts import answer_structure, chat_messages, completion_prompt, prompt_hash, stop_strings
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Curate, Teacher
-from pipelines.schema import GENERATIONS
+from pipelines.schema import EXAMPLES, GENERATIONS
 from pipelines.tasks import Task
 
 Row = dict[str, Any]
 Keys = np.ndarray[Any, np.dtype[np.bytes_]]  # sorted b"row_id/sample"
-ROWS = "rows"  # the folder of the parts
 _CALLS = 4  # batches that a replica has under way at once, so that its engine never runs dry
 _TRIES = "tries"  # the folder where batches are counted that replicas died on
 _DEATHS = 2  # of replicas, after the first, before a batch is tried row by row, and a row is given up
@@ -74,6 +74,9 @@ def ask(line: Lineage, asking: Asking) -> Row | None:
 
         with closing(EndpointEngine(asking.teacher, [])) as engine:
             engine.check()  # before anything is started
+    for number, exemplar in enumerate(line.task.exemplars, 1):
+        if exemplar.rationale.full.startswith("TODO"):
+            say(f"  exemplar {number} still says {exemplar.rationale.full!r}, and the teacher will write the like")
     with asking.artifact.lease():
         done = keys_on_disk(asking.artifact)
         pending = sum(map(len, pending_keys(line, asking, done)))
@@ -95,11 +98,8 @@ def ask(line: Lineage, asking: Asking) -> Row | None:
 
 def keys_on_disk(artifact: Artifact) -> Keys:
     """The texts that are there, sorted."""
-    dataset = artifact.dataset(ROWS)
-    if not dataset.files:
-        return np.empty(0, dtype="S1")
-    parts = [_keys(table) for table in dataset.to_batches(columns=["row_id", "sample"])]
-    return np.unique(np.concatenate(parts))
+    batches = artifact.dataset(ROWS, GENERATIONS).to_batches(columns=["row_id", "sample"])
+    return np.unique(np.concatenate([np.empty(0, dtype="S1"), *map(_keys, batches)]))
 
 
 def make_keys(rows: Sequence[tuple[str, int]]) -> Keys:
@@ -115,7 +115,7 @@ def _keys(table: pa.Table | pa.RecordBatch) -> Keys:
 def pending_keys(line: Lineage, asking: Asking, done: Keys) -> Iterator[Keys]:
     """The keys of the texts that a pass still wants, a batch of examples at a time."""
     for split in line.asked:
-        for batch in line.examples.dataset(split).to_batches(columns=["row_id"]):
+        for batch in line.examples.dataset(split, EXAMPLES).to_batches(columns=["row_id"]):
             yield _keys(_pending(pa.Table.from_batches([batch]), asking, done))
 
 

@@ -2,12 +2,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.lineage import Lineage
+from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import Meter, cost, gpu_hours, spent, telling
 from pipelines.recipe import Price, Teacher
+from pipelines.schema import GENERATIONS
 
 MakeLine = Callable[..., Lineage]
 
@@ -25,6 +27,13 @@ def report(outcomes: dict[str, int], rejects: list[list[str]] | None = None, **k
         "outcomes": json.dumps(outcomes),
         "rejects": json.dumps(rejects or []),
     } | keys
+
+
+def write(line: Lineage, rows: int) -> None:
+    """Texts of 50 input and 10 output tokens."""
+    row = dict.fromkeys(GENERATIONS.names) | {"input_tokens": 50, "cached_tokens": 40, "output_tokens": 10}
+    table = pa.Table.from_pylist([row | {"row_id": str(n), "sample": 0} for n in range(rows)], schema=GENERATIONS)
+    line.generations.write_part(f"{ROWS}/{rows}", table)
 
 
 def make_meter(line: Lineage, pending: int = 1000) -> Meter:
@@ -61,8 +70,10 @@ def test_what_runs_spend_adds_up(make_line: MakeLine) -> None:
     for _ in range(2):
         with make_meter(line) as meter:
             meter.add(report({"accepted": 3}))
-    assert spent(line.generations)["rows"] == 6
-    assert spent(line.generations)["engine_seconds"] == 40
+    write(line, 6)
+    paid = spent(line.generations)
+    assert paid["engine_seconds"] == 40
+    assert [paid[name] for name in ("rows", "input_tokens", "cached_tokens", "output_tokens")] == [6, 300, 240, 60]
 
 
 def test_a_run_without_a_report_spends_nothing(make_line: MakeLine) -> None:
@@ -75,8 +86,7 @@ def test_a_run_without_a_report_spends_nothing(make_line: MakeLine) -> None:
 @pytest.mark.parametrize(("most", "allowed"), [(None, 10), (12, 9), (3, 0), (100, 10)])
 def test_a_budget_of_rows_counts_what_was_paid_before(make_line: MakeLine, most: int | None, allowed: int) -> None:
     line = make_line() if most is None else make_line(f"budget.max_rows={most}")
-    with make_meter(line) as meter:
-        meter.add(report({"accepted": 3}))
+    write(line, 3)
     assert make_meter(line, pending=10).allowed == allowed
 
 
@@ -94,7 +104,7 @@ def test_a_budget_of_hours_counts_every_gpu_and_every_run(make_line: MakeLine) -
         meter.add(report({"accepted": 1}, at=100 + 800.0))
     with pytest.raises(UserError, match=r"budget\.max_gpu_hours is reached at 1\.11 hours"), make_meter(line) as meter:
         meter.add(report({"accepted": 1}, at=100 + 200.0))
-    assert spent(line.generations)["rows"] == 2, "what was written is accounted for"
+    assert spent(line.generations)["engine_seconds"] == 1000
 
 
 def test_a_run_that_goes_wrong_stops_early_and_shows_why(

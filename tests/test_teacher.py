@@ -8,10 +8,9 @@ import pytest
 from pipelines.engines import Completion, Request
 from pipelines.errors import UserError
 from pipelines.examples import build_examples
-from pipelines.lineage import Lineage
+from pipelines.lineage import ROWS, Lineage
 from pipelines.schema import GENERATIONS
 from pipelines.teacher import (
-    ROWS,
     Asking,
     ask,
     keys_on_disk,

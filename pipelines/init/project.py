@@ -14,7 +14,6 @@ from typing import Any
 
 import jinja2
 import yaml
-from rich.markup import escape
 
 from pipelines.console import say, show_table
 from pipelines.draw import position_in_unit
@@ -298,9 +297,9 @@ def _show_columns(sample: Sample, label: str | None, left_out: Mapping[str, str]
     for name, column in sample.columns.items():
         use = "label" if name == label else f"left out: {left_out[name]}" if name in left_out else "input"
         examples = " | ".join(one_line(text, 24) for text in column.examples)
-        rows.append([escape(text) for text in (one_line(name), column.kind, f"{column.distinct:,}", examples, use)])
+        rows.append([one_line(name), column.kind, f"{column.distinct:,}", examples, use])
     of = f" of the first {sample.read:,}" if sample.read > len(sample.rows) else ""
-    title = f"{escape(sample.file)}: {len(sample.rows):,}{of} rows"
+    title = f"{sample.file}: {len(sample.rows):,}{of} rows"
     show_table(title, ["column", "kind", "distinct", "examples", "use"], rows, numbers=False)
 
 
