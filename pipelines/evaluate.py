@@ -8,20 +8,22 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
 from pipelines.artifact import Artifact
+from pipelines.comparison import bootstrap
 from pipelines.console import say
 from pipelines.errors import UserError
 from pipelines.lineage import MODEL, Lineage
-from pipelines.predictor import Predictor
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Run
 from pipelines.schema import PREDICTIONS
+
+if TYPE_CHECKING:
+    from pipelines.predictor import Predictor
 
 
 def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> list[Artifact]:
@@ -79,19 +81,8 @@ def _predictions(line: Lineage, dataset: Artifact, students: dict[str, Artifact]
 
 
 def _metrics(right: list[bool], resamples: int) -> dict[str, float]:
-    scores = np.array(right, dtype=float)
-    low, high = accuracy_interval(scores, resamples)
-    return {"accuracy": float(scores.mean()), "low": low, "high": high, "rows": len(right)}
-
-
-def accuracy_interval(right: np.ndarray[Any, Any], resamples: int, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval (percentile) of a mean of zeros and ones, by resampling rows."""
-    if right.min() == right.max():
-        return float(right[0]), float(right[0])  # nothing varies; scipy would give nan
-    interval = stats.bootstrap(
-        (right,), np.mean, n_resamples=resamples, method="percentile", batch=200, rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    mean, low, high = bootstrap([np.array([right])], resamples)
+    return {"accuracy": mean, "low": low, "high": high, "rows": len(right)}
 
 
 class _Scorer:
@@ -104,7 +95,7 @@ class _Scorer:
         parts = [self._score(name, predictor, table) for name, predictor in self.predictors.items()]
         return pa.concat_tables(parts)
 
-    def _score(self, name: str, predictor: Predictor, table: pa.Table) -> pa.Table:
+    def _score(self, name: str, predictor: "Predictor", table: pa.Table) -> pa.Table:
         made = predictor.predict(table["input"].to_pylist(), table["choices"].to_pylist(), batch_size=len(table))
         same = [predictor.task.same(p.label, gold) for p, gold in zip(made, table["label"].to_pylist(), strict=True)]
         columns = {
@@ -118,8 +109,10 @@ class _Scorer:
         return scored.append_column("run", pa.array([name] * len(table)))
 
 
-def open_student(student: Artifact) -> Predictor:
+def open_student(student: Artifact) -> "Predictor":
     """The predictor of a train artefact, on whatever storage it lies."""
+    from pipelines.predictor import Predictor  # seconds, and only those who score need it
+
     if student.local:
         return Predictor.open(student.path(MODEL))
     with tempfile.TemporaryDirectory() as folder:

@@ -11,15 +11,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipelines import t5
 from pipelines.errors import UserError
-from pipelines.student import IGNORED, LABEL_PREFIX, load_student, pad
+from pipelines.student import LABEL_PREFIX, load_student
 from pipelines.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SIDECAR = "distill.json"
 
@@ -39,8 +41,8 @@ class Predictor:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
         task: Task,
         max_input_tokens: int = 1024,
         max_new_tokens: int = 64,
@@ -85,47 +87,50 @@ class Predictor:
         ids = [
             row if len(row) <= self.max_input_tokens else [*row[: self.max_input_tokens - 1], row[-1]] for row in ids
         ]
-        inputs = pad(ids, self.tokenizer.pad_token_id).to(self.model.device)
-        mask = pad([[1] * len(row) for row in ids], 0).to(self.model.device)
+        inputs = t5.Rows(ids, self.model.device)
         if self.task.answer.kind in ("choice", "row_choice"):
-            return self._score(inputs, mask, [list(own or self.task.answer.labels) for own in choices])
-        return self._decode(inputs, mask)
+            return self._score(inputs, [tuple(own or self.task.answer.labels) for own in choices])
+        return self._decode(inputs)
 
-    def _score(self, inputs: torch.Tensor, mask: torch.Tensor, labels: list[list[str]]) -> Iterator[Prediction]:
-        """Each row's labels by the log-probability of their tokens; one encoder pass, one decoder pass."""
-        encoded = self.model.get_encoder()(input_ids=inputs, attention_mask=mask).last_hidden_state
-        counts = [len(row) for row in labels]
-        owner = torch.repeat_interleave(
-            torch.arange(len(labels), device=inputs.device), torch.tensor(counts, device=inputs.device)
-        )
-        flat = [label for row in labels for label in row]
-        unique = list(dict.fromkeys(flat))
-        tokens = dict(zip(unique, self.tokenizer(unique)["input_ids"], strict=True))
-        targets = pad([tokens[label] for label in flat], IGNORED).to(inputs.device)
-        logits = self.model(
-            encoder_outputs=(encoded[owner],), attention_mask=mask[owner], labels=targets
-        ).logits.float()
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        scores = -losses.view(targets.shape).sum(dim=1)
-        for row, row_scores in zip(labels, torch.split(scores, counts), strict=True):
+    def _score(self, inputs: t5.Rows, labels: list[tuple[str, ...]]) -> Iterator[Prediction]:
+        """Each row's labels by the log-probability of their tokens; one encoder pass, one decoder pass.
+
+        A row's labels stand one after another in one decoder row, each seeing itself alone, so that the row's
+        input is attended to once and not once a label.
+        """
+        device, start = self.model.device, self.model.config.decoder_start_token_id
+        unique = list(dict.fromkeys(label for row in labels for label in row))
+        ids = dict(zip(unique, self.tokenizer(unique)["input_ids"], strict=True))
+        tokens = [[ids[label] for label in row] for row in labels]
+        previous = t5.Rows([[i for text in row for i in (start, *text[:-1])] for row in tokens], device)
+        targets = torch.tensor([i for row in tokens for text in row for i in text], device=device)
+        lengths = torch.tensor([len(text) for row in tokens for text in row], device=device)
+        owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # the label of each token
+        of = previous.grid(owner[:, None]).squeeze(2)
+        if len(set(labels)) == 1:
+            of = of[:1]  # what may be seen is alike in all rows
+        visible = t5.causal(of.shape[1], device) & (of[:, :, None] == of[:, None, :])
+        logits = t5.decode(self.model, previous, visible, t5.encode(self.model, inputs), inputs)
+        log_probabilities = logits.float().log_softmax(dim=1).gather(1, targets[:, None]).squeeze(1)
+        scores = log_probabilities.new_zeros(len(lengths)).index_add(0, owner, log_probabilities).cpu()
+        for row, row_scores in zip(labels, scores.split([len(row) for row in labels]), strict=True):
             probabilities = row_scores.softmax(dim=0)
             best = int(probabilities.argmax())
             yield Prediction(row[best], float(probabilities[best]), row[best])
 
-    def _decode(self, inputs: torch.Tensor, mask: torch.Tensor) -> Iterator[Prediction]:
+    def _decode(self, inputs: t5.Rows) -> Iterator[Prediction]:
         """Greedy text; its confidence is the probability of the whole text."""
+        padding = self.tokenizer.pad_token_id
         made: Any = self.model.generate(
-            input_ids=inputs,
-            attention_mask=mask,
+            input_ids=torch.full_like(inputs.real, padding, dtype=torch.long).masked_scatter(inputs.real, inputs.ids),
+            attention_mask=inputs.real.long(),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
             output_scores=True,
         )
         scores = self.model.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
-        written = made.sequences[:, 1:] != self.tokenizer.pad_token_id
+        written = made.sequences[:, 1:] != padding
         confidence = scores.masked_fill(~written, 0.0).sum(dim=1).exp()
         texts = self.tokenizer.batch_decode(made.sequences, skip_special_tokens=True)
         for text, value in zip(texts, confidence.tolist(), strict=True):

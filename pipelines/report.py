@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +177,6 @@ def _csv(line: Lineage, found: Findings) -> str:
 
 
 def _page(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dict[str, str]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, signed=signed, effect=effect_of, duration=duration)
-    environment.filters.update(unbroken=lambda sentence: sentence.replace(" %", "\u00a0%"))
-    environment.filters.update(amount=lambda number: f"{number:,}", share=lambda fraction: f"{100 * fraction:.4g}")
     groups: dict[tuple[str, float, int], list[Cell]] = {}
     for cell in found.cells:
         groups.setdefault((cell.labels, cell.fraction, cell.examples), []).append(cell)
@@ -195,7 +186,7 @@ def _page(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dict
     for package, version in (pair for manifest in every for pair in manifest["versions"].items()):
         versions.setdefault(package, set()).add(version)
     label = f"Accuracy against labelled examples. {found.verdict.sentence}"
-    return environment.get_template(TEMPLATE).render(
+    return _template().render(
         recipe=line.recipe,
         task=line.task,
         found=found,
@@ -213,6 +204,21 @@ def _page(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dict
         recipe_yaml=yaml.safe_dump(line.snapshot(), sort_keys=False, allow_unicode=True),
         predict_command=_predict_command(found.best.artifact.file_uri(MODEL)),
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, signed=signed, effect=effect_of, duration=duration)
+    environment.filters.update(unbroken=lambda sentence: sentence.replace(" %", "\u00a0%"))
+    environment.filters.update(amount=lambda number: f"{number:,}", share=lambda fraction: f"{100 * fraction:.4g}")
+    return environment.get_template(TEMPLATE)
 
 
 def duration(seconds: float) -> str:

@@ -12,21 +12,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
+from pipelines import t5
 from pipelines.draw import TrainRow
 from pipelines.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 LABEL_PREFIX = "predict: "
 RATIONALE_PREFIX = "explain: "
-IGNORED = -100
 
-Batch = dict[str, torch.Tensor]
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one step: the rows of the label task, after them those of the rationale task."""
+
+    inputs: t5.Rows  # what the encoder reads
+    previous: t5.Rows  # what the decoder has written before each target
+    targets: torch.Tensor  # (target tokens,)
+    label_tokens: int  # so many targets, the first ones, are labels'
 
 
 @dataclass
@@ -39,21 +49,28 @@ class Truncation:
 
 def load_student(
     model: str, revision: str | None = None, init: str = "pretrained", dropout: float | None = None, seed: int = 0
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A T5-family model in fp32 and its tokenizer.
 
     Raises:
-        UserError: not found, or not an encoder-decoder model.
+        UserError: not found, or not of the T5 family.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    from transformers import (
+        AutoConfig,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )  # seconds, and most who import us load none
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     local = {"revision": revision} if revision else {}
     try:
         config = AutoConfig.from_pretrained(model, **local)
         tokenizer = AutoTokenizer.from_pretrained(model, **local)
     except (OSError, ValueError) as error:
         raise UserError(f"student.model {model!r} can't be opened: {str(error).splitlines()[0]}") from error
-    if not config.is_encoder_decoder:
+    if config.model_type not in t5.FAMILY:
         raise UserError(f"student.model {model!r} is a {config.model_type}; a student must be of the T5 family")
     if dropout is not None:
         config.dropout_rate = dropout
@@ -66,37 +83,35 @@ def load_student(
 
 
 class Collator:
-    """Rows → the tensors of one step.
-
-    `label` and `rationale` are batches of `input_ids` and `attention_mask` of shape (rows, input length) and
-    `labels` of shape (rows, target length), -100 where there is nothing to learn. `rationale` covers only
-    the rows that have one and is absent when none has.
-    """
+    """Rows → the batch of one step. Rows without a rationale have their label alone to learn."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, arm: str, max_input_tokens: int, max_target_tokens: int
+        self,
+        student: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        arm: str,
+        max_input_tokens: int,
+        max_target_tokens: int,
     ) -> None:
-        self.tokenizer, self.arm = tokenizer, arm
+        self.student, self.tokenizer, self.arm = student, tokenizer, arm
         self.max_input_tokens, self.max_target_tokens = max_input_tokens, max_target_tokens
         self.truncation = Truncation()
 
-    def __call__(self, rows: Sequence[TrainRow]) -> dict[str, Batch]:
-        batch = {"label": self._task(LABEL_PREFIX, [(r.input, r.label) for r in rows])}
-        explained = [(r.input, r.rationale) for r in rows if r.rationale is not None]
-        if self.arm == "step_by_step" and explained:
-            batch["rationale"] = self._task(RATIONALE_PREFIX, explained)
-        return batch
-
-    def _task(self, prefix: str, pairs: list[tuple[str, str]]) -> Batch:
-        inputs, cut_inputs = self._encode([prefix + source for source, _ in pairs], self.max_input_tokens)
+    def __call__(self, rows: Sequence[TrainRow]) -> Batch:
+        labels = [(LABEL_PREFIX + row.input, row.label) for row in rows]
+        rationales = [(RATIONALE_PREFIX + row.input, row.rationale) for row in rows if row.rationale is not None]
+        pairs = labels + (rationales if self.arm == "step_by_step" else [])
+        inputs, cut_inputs = self._encode([source for source, _ in pairs], self.max_input_tokens)
         targets, cut_targets = self._encode([target for _, target in pairs], self.max_target_tokens)
         self.truncation.inputs += cut_inputs
         self.truncation.targets += cut_targets
-        return {
-            "input_ids": pad(inputs, self.tokenizer.pad_token_id),
-            "attention_mask": pad([[1] * len(ids) for ids in inputs], 0),
-            "labels": pad(targets, IGNORED),
-        }
+        device, start = self.student.device, self.student.config.decoder_start_token_id
+        return Batch(
+            t5.Rows(inputs, device),
+            t5.Rows([[start, *ids[:-1]] for ids in targets], device),
+            torch.tensor([i for ids in targets for i in ids], device=device),
+            sum(len(ids) for ids in targets[: len(rows)]),
+        )
 
     def _encode(self, texts: list[str], limit: int) -> tuple[list[list[int]], int]:
         """Token ids, the last of which stays the end of the sequence, and how many texts were cut."""
@@ -106,23 +121,29 @@ class Collator:
         )
 
 
-def multitask_loss(model: Any, batch: dict[str, Batch], alpha: float) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss of one step, and its parts for the log.
+class Objective(nn.Module):
+    """A student with the loss that it learns by."""
 
-    A batch without rationales has the label loss alone, at full weight.
-    """
-    label = task_loss(model, batch["label"])
-    if "rationale" not in batch:
-        return label, {"label_loss": label.item()}
-    rationale = task_loss(model, batch["rationale"])
-    loss = alpha * label + (1 - alpha) * rationale
-    return loss, {"label_loss": label.item(), "rationale_loss": rationale.item()}
+    def __init__(self, student: "PreTrainedModel", alpha: float) -> None:
+        super().__init__()
+        self.student, self.alpha = student, alpha
 
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of one step, and its parts for the log.
 
-def task_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the tokens of one task's targets."""
-    logits = model(**batch).logits.float()
-    return functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+        Both tasks go through the student at once. A batch without rationales has the label loss alone, at full
+        weight.
+        """
+        states = t5.encode(self.student, batch.inputs)
+        visible = t5.causal(batch.previous.real.shape[1], batch.targets.device)
+        logits = t5.decode(self.student, batch.previous, visible, states, batch.inputs)
+        losses = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+        label = losses[: batch.label_tokens].mean()
+        if batch.label_tokens == len(losses):
+            return label, {"label_loss": label.detach()}
+        rationale = losses[batch.label_tokens :].mean()
+        loss = self.alpha * label + (1 - self.alpha) * rationale
+        return loss, {"label_loss": label.detach(), "rationale_loss": rationale.detach()}
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
@@ -142,13 +163,7 @@ def step_rows(rows: Sequence[TrainRow], seed: int, step: int, batch_size: int) -
     return [rows[epoch_order(len(rows), seed, epoch)[at]] for epoch, at in places]
 
 
-def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Rows of ids as one tensor, padded to the longest."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *([value] * (width - len(row)))] for row in rows])
-
-
-def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_student(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """A plain Hugging Face directory."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -135,7 +135,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     from torch import distributed
 
     from pipelines.predictor import Predictor
-    from pipelines.student import Collator, load_student, multitask_loss, step_rows, task_loss
+    from pipelines.student import Collator, Objective, load_student, step_rows
     from pipelines.tasks import Task
 
     run, student = config["run"], config["student"]
@@ -146,9 +146,10 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(run.seed * 1000 + rank)  # dropout differs between workers
     rows = draw_rows(config["dataset"].iter_rows("train"), run)
     validation = list(config["dataset"].iter_rows("validation"))
-    collate = Collator(tokenizer, run.arm, student.max_input_tokens, student.max_target_tokens)
+    # None of DeepSpeed's own operators is used, yet it compiles one, which takes g++ and half a minute
+    deepspeed.ops.__compatible_ops__ = {}
     engine, _, _, _ = deepspeed.initialize(
-        model=model,
+        model=Objective(model, student.alpha),
         model_parameters=model.parameters(),
         config=_deepspeed_config(student, world),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
@@ -156,7 +157,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         ),
     )
     task = Task.model_validate(config["task"])
-    predictor = Predictor(engine.module, tokenizer, task, student.max_input_tokens)
+    collate = Collator(model, tokenizer, run.arm, student.max_input_tokens, student.max_target_tokens)
+    predictor = Predictor(model, tokenizer, task, student.max_input_tokens)
     autocast = torch.autocast(device.type, torch.bfloat16) if student.precision == "bf16" else nullcontext()
     per_worker = student.batch_size // world
     history: list[dict[str, float]] = []
@@ -165,17 +167,13 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     for step in range(student.steps):
         began = time.time()
         mine = step_rows(rows, run.seed, step, student.batch_size)[rank * per_worker : (rank + 1) * per_worker]
-        batch = {name: {k: t.to(device) for k, t in part.items()} for name, part in collate(mine).items()}
         with autocast:
-            loss, parts = multitask_loss(engine, batch, student.alpha)
-            if student.zero_stage == 3 and run.arm == "step_by_step" and "rationale" not in batch:
-                # ZeRO 3 gathers weights pass by pass, so every worker must run two
-                loss = loss + 0.0 * task_loss(engine, batch["label"])
+            loss, parts = engine(collate(mine))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"step {step}: loss {loss.item()} on rows {[row.row_id for row in mine]}")
         engine.backward(loss)
         engine.step()
-        losses.append({"loss": loss.item(), **parts})
+        losses.append({"loss": loss.item(), **{name: part.item() for name, part in parts.items()}})
         trained += time.time() - began
         done = step + 1
         if rank == 0 and config["messages"] is not None and done % 10 == 0:
@@ -188,7 +186,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             history.append(metrics)
             losses.clear()
             with tempfile.TemporaryDirectory() as folder:
-                _save(engine, tokenizer, task, student, Path(folder), rank)
+                _save(model, tokenizer, task, student, Path(folder), rank)
                 checkpoint = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
                 ray.train.report(metrics, checkpoint=checkpoint)
     truncated = torch.tensor([collate.truncation.inputs, collate.truncation.targets], device=device)
@@ -203,12 +201,13 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deepspeed_config(student: Any, world: int) -> dict[str, Any]:
+    # torch's own Adam: DeepSpeed's C++ one is compiled at first use
+    adam = {"lr": student.learning_rate, "torch_adam": True, "fused": True}
     return {
         "train_micro_batch_size_per_gpu": student.batch_size // world,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
-        # torch's own Adam: DeepSpeed's C++ one is compiled at first use
-        "optimizer": {"type": "AdamW", "params": {"lr": student.learning_rate, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": adam},
         "zero_optimization": {"stage": student.zero_stage},
         "steps_per_print": 10**9,
     }
@@ -231,17 +230,17 @@ def _count_right(predictor: Any, task: Any, validation: list[dict[str, Any]], ra
     return sum(task.same(p.label, row["label"]) for p, row in zip(made, mine, strict=False))
 
 
-def _save(engine: Any, tokenizer: Any, task: Any, student: Any, folder: Path, rank: int) -> None:
+def _save(model: Any, tokenizer: Any, task: Any, student: Any, folder: Path, rank: int) -> None:
     """The student's directory, whole, by rank 0; under ZeRO 3 all ranks gather it."""
     import deepspeed
 
     from pipelines.predictor import SIDECAR
     from pipelines.student import LABEL_PREFIX, save_student
 
-    parameters = list(engine.module.parameters())
+    parameters = list(model.parameters())
     with deepspeed.zero.GatheredParameters(parameters) if student.zero_stage == 3 else nullcontext():
         if rank == 0:
-            save_student(engine.module, tokenizer, folder)
+            save_student(model, tokenizer, folder)
             facts = {
                 "task": task.model_dump(mode="json"),
                 "prefix": LABEL_PREFIX,

@@ -1,6 +1,7 @@
 """A small run that every stage's tests can start from."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import yaml
 
 from pipelines.lineage import Lineage
 from pipelines.recipe import load_recipe
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there; the models are tiny, and threads would only wait
 
 Row = dict[str, Any]
 TASK = {

@@ -120,10 +120,35 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
 
 
 @pytest.fixture(scope="module")
-def curve(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The report on two fractions."""
+def curve(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
+    """Two fractions, on which all students do alike."""
     line = lineage(tmp_path_factory.mktemp("curve"), [TWO_ARMS | {"fraction": [0.5, 1.0]}])
-    return build_report(write(line, dict.fromkeys(line.recipe.students(), 150)))
+    write(line, dict.fromkeys(line.recipe.students(), 150))
+    build_report(line)
+    return line
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
+    """Rationales that hurt, texts that were given, none of them for test, and every reason to refuse one."""
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "texts.json").write_text('["So the answer is refund."]', encoding="utf-8")
+    line = lineage(folder, [TWO_ARMS], teacher={"engine": "outputs", "outputs": {"train": "texts.json"}})
+    accepted = 100 - len(Reason)
+    funnel = {"train": {"accepted": accepted, **dict.fromkeys(map(str, Reason), 1)}, "unlabelled": {"accepted": 7}}
+    write(line, {STANDARD: 160, STEP: 140}, funnel=funnel, teacher={"train": TEACHER["train"]})
+    build_report(line)
+    return line
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
+    """Both arms with two seeds."""
+    right = {Run(arm="standard", seed=0): 130, Run(arm="standard", seed=1): 150}
+    right |= {Run(arm="step_by_step", seed=0): 150, Run(arm="step_by_step", seed=1): 160}
+    line = write(lineage(tmp_path_factory.mktemp("seeds"), [TWO_ARMS | {"seed": [0, 1]}]), right)
+    build_report(line)
+    return line
 
 
 def page_of(artifact: Artifact) -> str:
@@ -159,16 +184,15 @@ def test_the_table_holds_what_was_measured(small: Lineage) -> None:
     assert "100 gold labels" in said
 
 
-def test_the_best_is_chosen_on_validation_never_on_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = write(lineage(tmp_path, [TWO_ARMS]), {STANDARD: 100, STEP: 190}, {STANDARD: 0.9, STEP: 0.8})
-    best = build_report(line).manifest()["best"]
-    model = line.student(STANDARD).file_uri("model")
-    assert (best["student"], best["validation_accuracy"], best["model"]) == (STANDARD.name, 0.9, model)
+def test_the_best_is_chosen_on_validation_never_on_test(small: Lineage, capsys: pytest.CaptureFixture[str]) -> None:
+    best = build_report(small).manifest()["best"]  # step_by_step is better on test
+    model = small.student(STANDARD).file_uri("model")
+    assert (best["student"], best["validation_accuracy"], best["model"]) == (STANDARD.name, 0.8, model)
     assert capsys.readouterr().out.splitlines()[-1].endswith(f'distill predict {model} "an input"')
 
 
-def test_csv_has_a_line_a_student_and_one_for_the_teacher(curve: Artifact) -> None:
-    rows = csv_of(curve)
+def test_csv_has_a_line_a_student_and_one_for_the_teacher(curve: Lineage) -> None:
+    rows = csv_of(curve.report)
     assert list(rows[0]) == CSV_COLUMNS
     assert [(r["kind"], r["arm"], r["fraction"]) for r in rows] == [
         ("student", "standard", "0.5"),
@@ -230,13 +254,9 @@ def test_text_of_recipe_and_task_is_escaped(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_was_not_asked_is_left_out_and_that_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    odd: Lineage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher = {"train": TEACHER["train"]}
-    line = write(
-        lineage(tmp_path, [TWO_ARMS]), {STANDARD: 140, STEP: 150}, funnel={"train": FUNNEL["train"]}, teacher=teacher
-    )
-    artifact = build_report(line)
+    artifact = build_report(odd)
     assert artifact.manifest()["teacher"] is None
     assert [row["kind"] for row in csv_of(artifact)] == ["student", "student"]
     said = words_of(artifact)
@@ -254,16 +274,13 @@ def test_one_arm_alone(tmp_path: Path) -> None:
     assert "rationales not tested" in said
 
 
-def test_two_seeds_are_averaged_and_drawn(tmp_path: Path) -> None:
-    right = {Run(arm="standard", seed=0): 130, Run(arm="standard", seed=1): 150}
-    right |= {Run(arm="step_by_step", seed=0): 150, Run(arm="step_by_step", seed=1): 160}
-    artifact = build_report(write(lineage(tmp_path, [TWO_ARMS | {"seed": [0, 1]}]), right))
-    standard, step = artifact.manifest()["table"]
+def test_two_seeds_are_averaged_and_drawn(seeds: Lineage) -> None:
+    standard, step = seeds.report.manifest()["table"]
     assert standard["seeds"] == [0, 1]
     assert standard["accuracy"]["mean"] == 0.7
     assert standard["accuracy"]["low"] < 0.65 < 0.75 < standard["accuracy"]["high"]  # wider than either seed's spread
     assert step["gain"]["mean"] == 0.075  # (20 + 10) / 2 of 200
-    said = words_of(artifact)
+    said = words_of(seeds.report)
     assert "hierarchical bootstrap" in said
     assert "how much another seed would change" not in said
     assert "Seeds of students: 0, 1." in said
@@ -276,31 +293,27 @@ def test_one_seed_says_what_its_interval_does_not_show(small: Lineage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("standard", "step", "effect", "words"),
+    ("run", "effect", "words"),
     [
-        (140, 160, "helped", "Rationales helped here"),
-        (160, 140, "hurt", "Rationales hurt here"),
-        (150, 152, "undecided", "no difference here that the interval can tell apart from zero"),
+        ("small", "helped", "Rationales helped here"),
+        ("odd", "hurt", "Rationales hurt here"),
+        ("curve", "undecided", "no difference here that the interval can tell apart from zero"),
     ],
 )
 def test_the_verdict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], standard: int, step: int, effect: str, words: str
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], run: str, effect: str, words: str
 ) -> None:
-    artifact = build_report(write(lineage(tmp_path, [TWO_ARMS]), {STANDARD: standard, STEP: step}))
+    artifact = build_report(request.getfixturevalue(run))
     assert artifact.manifest()["verdict"]["effect"] == effect
     assert words in words_of(artifact)
     assert words in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_funnel_tells_every_reason(tmp_path: Path) -> None:
-    funnel = {
-        "train": {"accepted": 100 - len(Reason)} | {reason.value: 1 for reason in Reason},
-        "unlabelled": {"accepted": 7},
-    }
-    artifact = build_report(write(lineage(tmp_path, [TWO_ARMS]), {STANDARD: 140, STEP: 150}, funnel=funnel))
-    said = words_of(artifact).replace("_ ", "_")
+def test_the_funnel_tells_every_reason(odd: Lineage) -> None:
+    said = words_of(odd.report).replace("_ ", "_")
     assert "asked for 100 7" in said
-    assert f"accepted {100 - len(Reason)}" in said
+    accepted = 100 - len(Reason)
+    assert f"accepted {accepted} {accepted}.0 % 7 100.0 %" in said
     for reason in Reason:
         assert reason.value in said
     assert "no answer could be read from the text 1 1.0 % 0" in said
@@ -316,10 +329,8 @@ def test_cost_and_provenance(small: Lineage) -> None:
     assert "some/student" in said
 
 
-def test_given_outputs_have_no_tokens(tmp_path: Path) -> None:
-    (tmp_path / "texts.json").write_text('["So the answer is refund."]', encoding="utf-8")
-    teacher = {"engine": "outputs", "outputs": {"train": "texts.json"}}
-    said = words_of(build_report(write(lineage(tmp_path, [TWO_ARMS], teacher=teacher), {STANDARD: 140, STEP: 150})))
+def test_given_outputs_have_no_tokens(odd: Lineage) -> None:
+    said = words_of(odd.report)
     assert "given and not generated here" in said
     assert "tokens in" not in said
     assert "tokens a second" not in said
@@ -332,8 +343,8 @@ def test_validation_as_the_split_is_said_to_flatter(tmp_path: Path) -> None:
     assert "had no part in the choice" not in said
 
 
-def test_figures(curve: Artifact) -> None:
-    svg = Path(curve.path("accuracy.svg")).read_text(encoding="utf-8")
+def test_figures(curve: Lineage) -> None:
+    svg = Path(curve.report.path("accuracy.svg")).read_text(encoding="utf-8")
     for text in (
         "labelled examples learnt from",
         "right on test, %",
@@ -343,16 +354,14 @@ def test_figures(curve: Artifact) -> None:
         ">100<",
     ):
         assert text in svg
-    assert Path(curve.path("accuracy.png")).read_bytes().startswith(b"\x89PNG")
+    assert Path(curve.report.path("accuracy.png")).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_artefacts_make_the_same_files(tmp_path: Path) -> None:
-    line = lineage(tmp_path, [TWO_ARMS | {"seed": [0, 1]}])
-    write(line, dict.fromkeys(line.recipe.students(), 150))
-    artifact = build_report(line)
+def test_the_same_artefacts_make_the_same_files(seeds: Lineage) -> None:
+    artifact = seeds.report
     names = ("report.html", "results.csv", "accuracy.svg")
     first = {name: Path(artifact.path(name)).read_bytes() for name in names}
-    build_report(line, force=True)
+    build_report(seeds, force=True)
     assert {name: Path(artifact.path(name)).read_bytes() for name in names} == first
 
 
