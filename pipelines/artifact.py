@@ -4,7 +4,6 @@ The manifest is written last, so its presence means that the artefact is whole. 
 folder or any fsspec URI.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -134,22 +133,15 @@ class Artifact:
         return None
 
     def write_part(self, name: str, table: pa.Table) -> None:
-        """Write `<name>.parquet` whole or not at all, whenever the process is killed.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Write `<name>.parquet` whole or not at all, whenever the process is killed."""
         folder, _, last = self.path(name).rpartition("/")
         self.fs.makedirs(folder, exist_ok=True)
-        temporary = f"{folder}/.{last}.{uuid.uuid4().hex}" if self.local else f"{folder}/{last}.parquet"
-        try:
-            pq.write_table(table, temporary, filesystem=self.fs)
-            if self.local:
-                os.replace(temporary, f"{folder}/{last}.parquet")
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"{self.uri}: no space left; free some and run again, what is there is kept") from error
-            raise
+        if not self.local:  # an object store puts a file whole or not at all
+            pq.write_table(table, f"{folder}/{last}.parquet", filesystem=self.fs)
+            return
+        temporary = f"{folder}/.{last}.{uuid.uuid4().hex}"
+        pq.write_table(table, temporary, filesystem=self.fs)
+        os.replace(temporary, f"{folder}/{last}.parquet")
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write `<name>.parquet`."""

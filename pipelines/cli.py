@@ -1,5 +1,6 @@
 """`distill`: one command a stage, and no logic."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -239,6 +240,11 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"distill: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"distill: {error}; free some and run again", file=sys.stderr)
         sys.exit(2)
 
 

@@ -5,6 +5,7 @@ lost only what was under way, and the next run asks for what is not on disk yet.
 commit when a whole write task ends, which is too late for rows that cost money.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -82,12 +83,12 @@ def ask(line: Lineage, asking: Asking) -> Row | None:
         pending = sum(map(len, pending_keys(line, asking, done)))
         if not pending:
             return None
-        with ray_session(), Meter(line.recipe, asking.artifact, pending, Metrics(line.recipe.name)) as meter:
-            try:
+        try:
+            with ray_session(), Meter(line.recipe, asking.artifact, pending, Metrics(line.recipe.name)) as meter:
                 for report in _stream(line, asking, done, meter.allowed):
                     meter.add(report)
-            except Exception as error:
-                raise _ours(error) or error from None
+        except Exception as error:
+            raise _ours(error, asking.artifact) or error from None
         if meter.allowed < pending:
             raise UserError(f"budget.max_rows is reached at {meter.paid_rows:,} texts; raise it and run again to go on")
         missing = pending - (len(keys_on_disk(asking.artifact)) - len(done))
@@ -311,10 +312,12 @@ def proposer(model: str | None, gpus: int) -> Iterator[Callable[[list[str]], lis
         yield lambda prompts: [made.text for made in engine.generate([Request(prompt) for prompt in prompts])]
 
 
-def _ours(error: BaseException | None) -> UserError | None:
-    """The user's mistake within an exception of Ray."""
+def _ours(error: BaseException | None, artifact: Artifact) -> UserError | None:
+    """What the user can put right, within an exception of Ray."""
     while error is not None:
         if isinstance(error, UserError):
             return UserError(str(error))
-        error = getattr(error, "cause", None) or error.__cause__
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UserError(f"{artifact.uri}: no space left; free some and run again, what is there is kept")
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
