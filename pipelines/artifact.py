@@ -162,16 +162,16 @@ class Artifact:
         """The Parquet files of a folder, none or more, to be scanned without reading them whole."""
         import pyarrow.dataset  # brings pandas, a second and 50 MB: only where it is used
 
-        return pyarrow.dataset.dataset(self._parts(folder), schema, format="parquet", filesystem=self.fs)
+        return pyarrow.dataset.dataset(self.parts(folder), schema, format="parquet", filesystem=self.fs)
 
     def iter_rows(self, folder: str) -> Iterator[dict[str, Any]]:
         """The rows of the Parquet files of a folder, file by file in the order of their names."""
-        for path in self._parts(folder):
+        for path in self.parts(folder):
             with self.fs.open(path, "rb") as file:
                 for batch in pq.ParquetFile(file).iter_batches(PART_ROWS):
                     yield from batch.to_pylist()
 
-    def _parts(self, folder: str) -> list[str]:
+    def parts(self, folder: str) -> list[str]:
         """The Parquet files of a folder; a name that begins with a dot is a file not yet finished."""
         self.fs.invalidate_cache()  # others may have written
         paths = sorted(self.fs.find(self.path(folder), maxdepth=1))  # no glob: the path may hold a `[`

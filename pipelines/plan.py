@@ -7,7 +7,7 @@ not paid for again.
 import heapq
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipelines.meter import cost, gpu_hours
 from pipelines.prompts import chat_messages, completion_prompt
 from pipelines.recipe import resolve
 from pipelines.schema import EXAMPLES, GENERATIONS
-from pipelines.teacher import Asking, Keys, ask, keys_on_disk, make_keys, pending_keys
+from pipelines.teacher import Asking, ask, keys_on_disk, make_keys, pending
 
 _TOKENISED = 1000
 
@@ -55,30 +55,30 @@ def make_plan(line: Lineage, rows: int | None = None, rate: float | None = None)
         raise UserError("teacher.engine outputs costs nothing: the texts are there")
     build_examples(line)
     asking = Asking(line.generations, teacher, range(teacher.samples))
-    pending = list(_pending(line, asking))
+    left = list(_pending(line, asking))
     account: dict[str, Any] | None = None
     start = 0.0
-    if rate is None and pending:
+    if rate is None and left:
         under_way = teacher.endpoint.concurrency if teacher.endpoint else teacher.batch_size
-        sample = _some(pending, rows or max(1, min(2 * under_way, len(pending) // 4)))
-        say(f"generating {len(sample):,} of {len(pending):,} pending texts, to see how fast they come; they are kept")
+        sample = _some(left, rows or max(1, min(2 * under_way, len(left) // 4)))
+        say(f"generating {len(sample):,} of {len(left):,} pending texts, to see how fast they come; they are kept")
         account = ask(line, Asking(line.generations, teacher, asking.samples, only=make_keys(sample)))
-        pending = list(_pending(line, asking))
+        left = list(_pending(line, asking))
     if account is not None:
         rate = (account["steady_rate"] or account["rows"] / account["seconds"]) / account["replicas"]
         start = account["seconds"] - account["engine_seconds"] / account["replicas"] + account["start_seconds"]
-    return _estimate(line, pending, rate, start, account)
+    return _estimate(line, left, rate, start, account)
 
 
 def _estimate(
-    line: Lineage, pending: Sequence[tuple[str, int]], rate: float | None, start: float, account: dict[str, Any] | None
+    line: Lineage, left: Sequence[tuple[str, int]], rate: float | None, start: float, account: dict[str, Any] | None
 ) -> dict[str, Any]:
-    teacher, count = line.recipe.teacher, len(pending)
+    teacher, count = line.recipe.teacher, len(left)
     known = line.generations.dataset(ROWS, GENERATIONS).to_table(columns=["input_tokens", "output_tokens"])
     written = _mean(
         known["output_tokens"].drop_null().to_pylist(), Estimate(1, teacher.max_tokens / 2, teacher.max_tokens)
     )
-    read = _mean(_input_tokens(line, pending) or known["input_tokens"].drop_null().to_pylist(), Estimate(0, 0, 0))
+    read = _mean(_input_tokens(line, left) or known["input_tokens"].drop_null().to_pylist(), Estimate(0, 0, 0))
     cached = account["cached_tokens"] / account["input_tokens"] if account and account["input_tokens"] else None
     engines = teacher.replicas[1] if teacher.engine == "vllm" else 1
     seconds = _spread(count / rate).times(1 / engines) if rate else Estimate(0, 0, 0)
@@ -106,31 +106,26 @@ def _estimate(
     return made
 
 
-def _pending(line: Lineage, asking: Asking) -> Any:
-    for keys in pending_keys(line, asking, keys_on_disk(asking.artifact)):
-        yield from _pairs(keys)
+def _pending(line: Lineage, asking: Asking) -> Iterator[tuple[str, int]]:
+    for _, texts in pending(line, asking, keys_on_disk(asking.artifact)):
+        yield from zip(texts["row_id"].to_pylist(), texts["sample"].to_pylist(), strict=True)
 
 
-def _pairs(keys: Keys) -> list[tuple[str, int]]:
-    split = (key.decode().rsplit("/", 1) for key in keys)
-    return [(row_id, int(sample)) for row_id, sample in split]
-
-
-def _some(pending: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int]]:
+def _some(left: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int]]:
     """A random choice: row ids are hashes, so the smallest are as good as any."""
-    return heapq.nsmallest(count, pending)
+    return heapq.nsmallest(count, left)
 
 
-def _input_tokens(line: Lineage, pending: Sequence[tuple[str, int]]) -> list[int]:
+def _input_tokens(line: Lineage, left: Sequence[tuple[str, int]]) -> list[int]:
     """Lengths of some of the prompts, by the teacher's own tokenizer; none for an endpoint, whose tokenizer is
     not here."""
     teacher, task = line.recipe.teacher, line.task
-    if teacher.engine == "openai" or not pending:
+    if teacher.engine == "openai" or not left:
         return []
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(teacher.model), revision=teacher.revision or "main")
-    wanted = pc.field("row_id").isin([row_id for row_id, _ in _some(pending, _TOKENISED)])
+    wanted = pc.field("row_id").isin([row_id for row_id, _ in _some(left, _TOKENISED)])
     texts = itertools.chain.from_iterable(
         line.examples.dataset(split, EXAMPLES).to_table(columns=["input"], filter=wanted)["input"].to_pylist()
         for split in line.asked

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.artifact import Artifact
 from pipelines.console import say
@@ -31,7 +32,7 @@ from pipelines.meter import Meter, Metrics
 from pipelines.prompts import answer_structure, chat_messages, completion_prompt, prompt_hash, stop_strings
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Curate, Teacher
-from pipelines.schema import EXAMPLES, GENERATIONS
+from pipelines.schema import GENERATIONS
 from pipelines.tasks import Task
 
 Row = dict[str, Any]
@@ -39,7 +40,6 @@ Keys = np.ndarray[Any, np.dtype[np.bytes_]]  # sorted b"row_id/sample"
 _CALLS = 4  # batches that a replica has under way at once, so that its engine never runs dry
 _TRIES = "tries"  # the folder where batches are counted that replicas died on
 _DEATHS = 2  # of replicas, after the first, before a batch is tried row by row, and a row is given up
-_FEEDING_CPUS = 0  # reading and filtering take little, and an engine may hold the last core
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ def ask(line: Lineage, asking: Asking) -> Row | None:
             say(f"  exemplar {number} still says {exemplar.rationale.full!r}, and the teacher will write the like")
     with asking.artifact.lease():
         done = keys_on_disk(asking.artifact)
-        pending = sum(map(len, pending_keys(line, asking, done)))
-        if not pending:
+        count = sum(len(texts) for _, texts in pending(line, asking, done))
+        if not count:
             return None
         try:
-            with ray_session(), Meter(line.recipe, asking.artifact, pending, Metrics(line.recipe.name)) as meter:
+            with ray_session(), Meter(line.recipe, asking.artifact, count, Metrics(line.recipe.name)) as meter:
                 for report in _stream(line, asking, done, meter.allowed):
                     meter.add(report)
         except Exception as error:
             raise _ours(error, asking.artifact) or error from None
-        if meter.allowed < pending:
+        if meter.allowed < count:
             raise UserError(f"budget.max_rows is reached at {meter.paid_rows:,} texts; raise it and run again to go on")
-        missing = pending - (len(keys_on_disk(asking.artifact)) - len(done))
+        missing = count - (len(keys_on_disk(asking.artifact)) - len(done))
         if missing:
-            raise RuntimeError(f"{asking.artifact.uri}: {missing} of {pending} texts were not written")
+            raise RuntimeError(f"{asking.artifact.uri}: {missing} of {count} texts were not written")
         return meter.account
 
 
@@ -113,23 +113,21 @@ def _keys(table: pa.Table | pa.RecordBatch) -> Keys:
     return np.array([f"{row_id}/{sample}".encode() for row_id, sample in pairs], dtype="S")
 
 
-def pending_keys(line: Lineage, asking: Asking, done: Keys) -> Iterator[Keys]:
-    """The keys of the texts that a pass still wants, a batch of examples at a time."""
-    for split in line.asked:
-        for batch in line.examples.dataset(split, EXAMPLES).to_batches(columns=["row_id"]):
-            yield _keys(_pending(pa.Table.from_batches([batch]), asking, done))
-
-
-def _pending(table: pa.Table, asking: Asking, done: Keys) -> pa.Table:
-    """The rows of examples that are to be asked, each once a sample, with the column `sample`."""
+def pending(line: Lineage, asking: Asking, done: Keys) -> Iterator[tuple[str, pa.Table]]:
+    """The texts that a pass still wants: each part of the examples with a table of row_id, sample, and the row's
+    number within the part."""
     count = len(asking.samples)
-    repeated = table.take(np.repeat(np.arange(table.num_rows), count))
-    repeated = repeated.append_column("sample", pa.array(list(asking.samples) * table.num_rows, pa.int32()))
-    keys = _keys(repeated)
-    wanted = ~_among(keys, done)
-    if asking.only is not None:
-        wanted &= _among(keys, asking.only)
-    return repeated.filter(pa.array(wanted))
+    for split in line.asked:
+        for part in line.examples.parts(split):
+            row_ids = pq.read_table(part, columns=["row_id"], filesystem=line.examples.fs)["row_id"]
+            numbers = np.repeat(np.arange(len(row_ids), dtype=np.int32), count)
+            samples = np.tile(np.array(asking.samples, dtype=np.int32), len(row_ids))
+            table = pa.table({"row_id": row_ids.take(numbers), "sample": samples, "row": numbers})
+            keys = _keys(table)
+            wanted = ~_among(keys, done)
+            if asking.only is not None:
+                wanted &= _among(keys, asking.only)
+            yield part, table.filter(pa.array(wanted))
 
 
 def _among(keys: Keys, known: Keys) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -140,41 +138,40 @@ def _among(keys: Keys, known: Keys) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return np.asarray(known[at] == keys)
 
 
+def _batches(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[Row]:
+    """What is pending, at most `limit` texts, in batches that say where their rows stand."""
+    teacher = asking.teacher
+    under_way = teacher.endpoint.concurrency if teacher.endpoint else teacher.batch_size
+    size = max(1, under_way // _CALLS)
+    for part, texts in pending(line, asking, done):
+        texts = texts.slice(0, limit)
+        limit -= len(texts)
+        for at in range(0, len(texts), size):
+            batch = texts.slice(at, size)
+            yield {"part": part, "rows": batch["row"].to_pylist(), "samples": batch["sample"].to_pylist()}
+
+
 def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[Row]:
-    """A report of every batch, as the replicas write them."""
+    """A report of every batch, as the replicas write them.
+
+    The dataset holds only where the rows stand, and replicas read them: so nothing but engines needs a CPU, and a
+    task is one batch, so that few rows can still use many replicas.
+    """
     import ray.data
 
     teacher = asking.teacher
-    under_way = teacher.endpoint.concurrency if teacher.endpoint else teacher.batch_size
-    batch = max(1, under_way // _CALLS)
-    filesystem = None if line.examples.local else line.examples.fs
     low, high = (1, 1) if teacher.engine == "openai" else teacher.replicas  # one client holds the endpoint's limits
-    rows = ray.data.read_parquet(
-        [line.examples.path(split) for split in line.asked],
-        filesystem=filesystem,
-        columns=["row_id", "split", "input", "choices", "label"],
-        num_cpus=_FEEDING_CPUS,
-    )
-    rows = rows.map_batches(
-        lambda table: _pending(table, asking, done),
+    batches = list(_batches(line, asking, done, limit))
+    reports = ray.data.from_items(batches, override_num_blocks=len(batches)).map_batches(
+        Asker,
+        fn_constructor_args=(asking, line.examples, line.task, line.recipe.curate),
         batch_format="pyarrow",
         batch_size=None,
-        num_cpus=_FEEDING_CPUS,
-    )
-    reports = (
-        rows.limit(limit)
-        .repartition(target_num_rows_per_block=batch)  # a task is one batch, so few rows can still use many replicas
-        .map_batches(
-            Asker,
-            fn_constructor_args=(asking, line.task, line.recipe.curate),
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=low, max_size=high, max_concurrent_calls_per_actor=_CALLS, enable_true_multi_threading=True
-            ),
-            num_cpus=teacher.cpus if not teacher.endpoint else 1,
-            num_gpus=teacher.gpus,
-        )
+        compute=ray.data.ActorPoolStrategy(
+            min_size=low, max_size=high, max_concurrent_calls_per_actor=_CALLS, enable_true_multi_threading=True
+        ),
+        num_cpus=teacher.cpus if not teacher.endpoint else 1,
+        num_gpus=teacher.gpus,
     )
     yield from reports.iter_rows()
 
@@ -182,22 +179,26 @@ def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[R
 class Asker:
     """A replica: holds an engine, asks it batch by batch, writes every batch as a part."""
 
-    def __init__(self, asking: Asking, task: Task, curate: Curate) -> None:
+    def __init__(self, asking: Asking, examples: Artifact, task: Task, curate: Curate) -> None:
         import ray
 
-        self.asking, self.task, self.curate = asking, task, curate
+        self.asking, self.examples, self.task, self.curate = asking, examples, task, curate
         self.engine = open_engine(asking.teacher, task)
         self.name, self.since = uuid.uuid4().hex, time.time()
         self._alone = threading.Lock()
         self.revived = int(ray.get_runtime_context().was_current_actor_reconstructed)
 
     def __call__(self, table: pa.Table) -> dict[str, list[Any]]:
-        """A batch of examples with `sample` → reports of what became of it."""
-        reports = [*self._answer(table)]
+        """A batch, as `_batches` makes them, → reports of what became of it."""
+        [batch] = table.to_pylist()
+        columns = ["row_id", "split", "input", "choices", "label"]
+        rows = pq.read_table(batch["part"], columns=columns, filesystem=self.examples.fs).take(batch["rows"])
+        reports = [*self._answer(rows.append_column("sample", pa.array(batch["samples"], pa.int32())))]
         return {column: [report[column] for report in reports] for column in reports[0]}
 
     def _answer(self, table: pa.Table) -> Iterator[Row]:
-        """One part and its report; or one of each row, where replicas have died on this batch."""
+        """Ask for rows of examples with `sample`; write them as one part, or as one each where replicas have died on
+        this batch; give a report of each."""
         name = f"{ROWS}/{hashlib.sha256(b' '.join(_keys(table))).hexdigest()[:24]}"
         if self.revived and len(table) > 1 and self._try(name) > _DEATHS:
             for at in range(len(table)):

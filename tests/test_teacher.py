@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines import teacher
 from pipelines.engines import Completion, Request
 from pipelines.errors import UserError
 from pipelines.examples import build_examples
@@ -15,7 +16,6 @@ from pipelines.teacher import (
     ask,
     keys_on_disk,
     make_keys,
-    pending_keys,
     write_texts,
 )
 
@@ -41,8 +41,9 @@ def write(line: Lineage, name: str, pairs: list[tuple[str, int]]) -> None:
 
 
 def pending(line: Lineage, **keys: Any) -> list[str]:
-    done = keys_on_disk(line.generations)
-    return sorted(key.decode() for batch in pending_keys(line, asking(line, **keys), done) for key in batch)
+    found = teacher.pending(line, asking(line, **keys), keys_on_disk(line.generations))
+    rows = [row for _, texts in found for row in texts.to_pylist()]
+    return sorted(f"{row['row_id']}/{row['sample']}" for row in rows)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ _ENGINE = "MapWorker(MapBatches(Asker))"
 
 
 def quickstart(storage: Path | str, *overrides: str) -> Lineage:
-    small = [f"storage={storage}", f"source.limit={LIMIT}", f"teacher.batch_size={BATCH}"]
+    small = [f"storage={storage}", f"source.limit={LIMIT}", f"teacher.batch_size={BATCH}", "teacher.replicas=[1, 1]"]
     return Lineage(load_recipe("quickstart", [*small, *overrides]))
 
 
@@ -60,7 +60,7 @@ class Run:
 
     def __init__(self, storage: Path) -> None:
         self.line = quickstart(storage)
-        sets = [f"storage={storage}", f"source.limit={LIMIT}", f"teacher.batch_size={BATCH}"]
+        sets = [f"storage={storage}", f"source.limit={LIMIT}", f"teacher.batch_size={BATCH}", "teacher.replicas=[1, 1]"]
         command = [sys.executable, "-m", "pipelines", "rationales", "quickstart"]
         self.log = storage / "log"
         with self.log.open("ab") as log:
@@ -276,7 +276,13 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_on_object_storage_a_run_stops_and_goes_on(unkilled: Lineage, bucket: str) -> None:
     def run(*sets: str) -> subprocess.CompletedProcess[str]:
         """On a cluster of its own, which has the bucket's address."""
-        given = [f"storage={bucket}", f"source.limit={LIMIT}", f"teacher.batch_size={BATCH}", *sets]
+        given = [
+            f"storage={bucket}",
+            f"source.limit={LIMIT}",
+            f"teacher.batch_size={BATCH}",
+            "teacher.replicas=[1, 1]",
+            *sets,
+        ]
         options = [part for override in given for part in ("--set", override)]
         command = [sys.executable, "-m", "pipelines", "rationales", "quickstart", *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
