@@ -1,13 +1,14 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check lock models
+.PHONY: demo test bench check lock models
 
 demo: .venv/installed  ## the whole chain on tiny models, with a report at the end
 	$(BIN)/distill demo
 
 test: .venv/installed  ## checks, unit tests, then the tests on a real local Ray
-	$(BIN)/python -m pytest -m "not ray"
+	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "slow and not ray"
 	$(BIN)/python -m pytest -m ray
 
 bench: .venv/installed  ## us and the alternatives, side by side; half an hour; keeps benchmarks/results/*.json

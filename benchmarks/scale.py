@@ -6,8 +6,10 @@ few rows, reported by itself, and taken off the time of the others.
 """
 
 import json
+import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ TASK = {
     "answer": {"kind": "choice", "labels": list(LABELS)},
 }
 _FEW = 100
+_MEMORY = "peak MiB of both"
 SPLITS = {"test": 0.1, "train": 0.6, "unlabelled": 0.3}
 
 _rng = random.Random(0)
@@ -60,17 +63,16 @@ def main(
     """Time and memory of `distill rationales` and `distill dataset`, from ten thousand to a million rows."""
     sizes = [5_000, 50_000] if quick else [10_000, 100_000, 1_000_000]
     # short runs stand before and after each long one, so that whatever else the machine does falls on all alike
-    short = [(_measure(_FEW, folder), _measure(sizes[0], folder)) for _ in range(2)]
+    short = [_short(sizes[0], folder) for _ in range(2)]
     long = []
     for rows in sizes[1:]:
         long.append(_measure(rows, folder))
-        short += [(_measure(_FEW, folder), _measure(sizes[0], folder)) for _ in range(2)]
-    start_up, smallest = (_median(runs) for runs in zip(*short, strict=True))
-    measured = [smallest, *long]
-    lines = [_figures(size, start_up) for size in measured]
-    growth = {name: lines[-1][name] / lines[0][name] for name in lines[0]}
+        short += [_short(sizes[0], folder) for _ in range(2)]
+    start_up = sorted((start for start, _ in short), key=lambda start: start.seconds)[len(short) // 2]
+    lines = [_medians([_figures(run, start) for start, run in short]), *(_figures(run, start_up) for run in long)]
+    growth = {name: lines[-1][name] / first if (first := lines[0][name]) else math.nan for name in lines[0]}
     table = Table(title="From files to a dataset", title_justify="left")
-    for name in ("rows", *(f"{size.rows:,}" for size in measured), "growth"):
+    for name in ("rows", *(f"{rows:,}" for rows in sizes), "growth"):
         table.add_column(name, justify="left" if name == "rows" else "right")
     for name in lines[0]:
         table.add_row(name, *(f"{line[name]:,.0f}" for line in lines), f"{growth[name]:.2f}")
@@ -84,14 +86,14 @@ def main(
     ratios = {
         "seconds_per_row_growth": growth["µs a row"],
         "cpu_seconds_per_row_growth": growth["µs of CPU a row"],
-        "driver_memory_growth": max(measured[-1].memory.values()) / max(smallest.memory.values()),
+        "driver_memory_growth": growth[_MEMORY],
     }
     result = {
         "benchmark": "scale",
         "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
         "must": MUST,
         "met": all(ratios[name] <= most for name, most in MUST.items()),
-        "rows": [size.rows for size in measured],
+        "rows": sizes,
     }
     print(json.dumps(result))
 
@@ -103,11 +105,17 @@ def _figures(size: Measured, start_up: Measured) -> dict[str, float]:
         "µs a row": 1e6 * (size.seconds - start_up.seconds) / size.rows,
         **{f"  {stage}": 1e6 * (size.stages[stage] - start_up.stages[stage]) / size.rows for stage in STAGES},
         **{f"distill {command}, peak MiB": mib for command, mib in size.memory.items()},
+        _MEMORY: max(size.memory.values()),
     }
 
 
-def _median(runs: Sequence[Measured]) -> Measured:
-    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+def _medians(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(line[name] for line in figures) for name in figures[0]}
+
+
+def _short(rows: int, folder: Path | None) -> tuple[Measured, Measured]:
+    """(starting up alone, a small number of rows), one right after the other."""
+    return _measure(_FEW, folder), _measure(rows, folder)
 
 
 def _measure(rows: int, folder: Path | None) -> Measured:

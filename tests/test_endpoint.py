@@ -19,6 +19,8 @@ from pipelines.engines.endpoint import EndpointEngine
 from pipelines.errors import UserError
 from pipelines.recipe import Teacher
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-proj-A1b2C3d4E5f6G7h8"
 VARIABLE = "SCRIPTED_SERVER_KEY"
 

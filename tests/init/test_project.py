@@ -33,6 +33,8 @@ from pipelines.replies import read_reply
 from pipelines.tasks import Task, load_task
 from pipelines.tasks.task import normalise_answer
 
+pytestmark = pytest.mark.slow
+
 Row = dict[str, Any]
 REFERENCE = Path(os.environ.get("STEPDISTILL_REFERENCE", Path(__file__).parents[3] / "shared/data/reference"))
 WORDS = "order invoice login slow card refund cable office printer code email form urgent price plan data late".split()
