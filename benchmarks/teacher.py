@@ -188,7 +188,7 @@ def _defaults(line: Lineage) -> float:
     ).take_all()
     ray.shutdown()
     first = min(row["at"] - row["took"] for row in made)  # when the first row was handed to the running engine
-    return len(made) / (max(row["at"] for row in made) - first)
+    return float(len(made) / (max(row["at"] for row in made) - first))
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def position_in_unit(row_id: str, seed: int | str = "") -> float:
 
 
 def _train_row(row: Row, run: Run) -> TrainRow:
-    fit: list[str | None]
     if run.labels == "gold":
-        label, fit = row["label"], [None]
-    else:
-        label, fit = row["teacher_label"], [None, Reason.DISAGREES_WITH_GOLD]  # this arm knows no gold
-    rationales = (r["rationale"] for r in row["rationales"] if r["reason"] in fit)
-    rationale = next(rationales, None) if run.arm == "step_by_step" else None
+        label, fit = row["label"], [r for r in row["rationales"] if r["reason"] is None]
+    else:  # this arm knows no gold: neither by a filter, nor by a rationale that was told it
+        label, known = row["teacher_label"], (None, Reason.DISAGREES_WITH_GOLD)
+        own = [r for r in row["rationales"] if r["reason"] in known and not r["rationalized"]]
+        fit = [r for r in own if r["label"] == label]  # one that argues for another label explains nothing
+    rationale = fit[0]["rationale"] if fit and run.arm == "step_by_step" else None
     return TrainRow(row["row_id"], row["input"], label, rationale)

@@ -375,7 +375,7 @@ def test_a_given_validation_split_takes_nothing_from_train(make_line: MakeLine) 
 
 def row(number: int, gold: str | None = "good", said: str | None = "good") -> Row:
     """A row of the dataset; the teacher said something with label `said`, which gold may speak against."""
-    rationale = {"teacher": "t", "sample": 0, "rationale": f"why {number}", "label": said}
+    rationale = {"teacher": "t", "sample": 0, "rationale": f"why {number}", "label": said, "rationalized": False}
     return {
         "row_id": f"id{number}",
         "input": f"text {number}",
@@ -437,6 +437,16 @@ def test_teacher_students_never_look_at_gold() -> None:
         "id4": ("good", "why 4"),
     }
     assert draw_rows([row(1, None), row(2, None), row(3, None, None), row(4, None)], run) == drawn
+
+
+def test_teacher_students_learn_no_rationale_that_was_told_gold_or_argues_for_another_label() -> None:
+    told, other = row(1), row(2)
+    told["rationales"][0]["rationalized"] = True
+    other["rationales"].insert(0, other["rationales"][0] | {"label": "bad", "rationale": "because"})
+    drawn = draw_rows([told, other], Run(arm="step_by_step", labels="teacher"))
+    assert {r.row_id: r.rationale for r in drawn} == {"id1": None, "id2": "why 2"}
+    gold = draw_rows([told], Run(arm="step_by_step"))
+    assert [r.rationale for r in gold] == ["why 1"], "a student of gold labels may know of gold"
 
 
 def test_positions_are_even_and_depend_on_the_seed() -> None:
