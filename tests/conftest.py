@@ -29,6 +29,16 @@ ROWS = {
 }
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Modules that are deselected as a whole are not even imported: that is most of what they cost."""
+    if collection_path.suffix == ".py":
+        text = collection_path.read_text(encoding="utf-8")
+        for mark in ("ray", "slow"):
+            if f"not {mark}" in config.option.markexpr and f"\npytestmark = pytest.mark.{mark}" in text:
+                return True
+    return None
+
+
 @pytest.fixture
 def make_line(tmp_path: Path) -> Callable[..., Lineage]:
     """`make_line("student.alpha=0.1", rows={...}, task={...})`: a run with files of its own, where `rows` are the

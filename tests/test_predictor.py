@@ -12,6 +12,8 @@ from pipelines.recipe import resolve
 from pipelines.student import load_student, save_student
 from pipelines.tasks import Task, load_task
 
+pytestmark = pytest.mark.slow  # it loads transformers
+
 CHOICE = load_task("returns_desk")
 ROW_CHOICE = load_task("cqa")
 EXPRESSION = load_task("svamp")

@@ -11,6 +11,8 @@ from pipelines.errors import UserError
 from pipelines.recipe import resolve
 from pipelines.student import Batch, Collator, Objective, load_student, step_rows
 
+pytestmark = pytest.mark.slow  # it loads transformers
+
 Student = tuple[Any, Any]  # model and tokenizer
 
 ROWS = [

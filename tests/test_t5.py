@@ -8,6 +8,8 @@ import torch
 
 from pipelines import t5
 
+pytestmark = pytest.mark.slow  # it loads transformers
+
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "d_model": 16,

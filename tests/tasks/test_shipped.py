@@ -156,6 +156,7 @@ def read_all(task: Task, pairs: list[tuple[dict[str, Any], str]]) -> list[tuple[
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "folder", "split", "rows", "right", "published"), PALM)
 def test_the_teachers_accuracy_is_what_is_published_or_more(
     name: str, folder: str, split: str, rows: int, right: int, published: float
@@ -167,6 +168,7 @@ def test_the_teachers_accuracy_is_what_is_published_or_more(
     assert found / rows >= published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "folder", "split"), [case[:3] for case in PALM])
 def test_nearly_every_real_text_has_a_label_and_no_rationale_runs_on(name: str, folder: str, split: str) -> None:
     read = read_all(load_task(name), teacher_texts(folder, split))
@@ -174,6 +176,7 @@ def test_nearly_every_real_text_has_a_label_and_no_rationale_runs_on(name: str, 
     assert not any("\n\nQ:" in reply.rationale or "\n\nPremise:" in reply.rationale for reply, _ in read)
 
 
+@pytest.mark.slow
 def test_what_is_refused_of_the_real_choices_names_two_of_them() -> None:
     task = load_task("cqa")
     refused = [reply for reply, _ in read_all(task, teacher_texts("cqa", "test")) if reply.label is None]
@@ -182,6 +185,7 @@ def test_what_is_refused_of_the_real_choices_names_two_of_them() -> None:
     assert len(refused) - len(two) == 1, "the other one pairs a letter with the words of another choice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "folder", "split"), [case[:3] for case in PALM])
 def test_next_to_no_real_rationale_is_taken_for_a_leak(name: str, folder: str, split: str) -> None:
     """The teacher was told nothing: what is found here is found by mistake, but for `337 - 23 = 314.`"""
