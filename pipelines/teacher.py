@@ -162,6 +162,8 @@ def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[R
     teacher = asking.teacher
     low, high = (1, 1) if teacher.engine == "openai" else teacher.replicas  # one client holds the endpoint's limits
     batches = list(_batches(line, asking, done, limit))
+    if not batches:
+        return
     reports = ray.data.from_items(batches, override_num_blocks=len(batches)).map_batches(
         Asker,
         fn_constructor_args=(asking, line.examples, line.task, line.recipe.curate),
@@ -260,13 +262,9 @@ def write_texts(engine: Engine, asking: Asking, task: Task, rows: Sequence[Row])
         "prompt_hash": prompt_hash(task, teacher.prompt, teacher.rationale_length, asking.hinted),
     }
     return [
-        {name: row[name] for name in ("row_id", "split", "sample")} | shared | _as_columns(completion)
+        {name: row[name] for name in ("row_id", "split", "sample")} | shared | vars(completion)
         for row, completion in zip(rows, made, strict=True)
     ]
-
-
-def _as_columns(completion: Completion) -> Row:
-    return vars(completion)
 
 
 def _request(teacher: Teacher, task: Task, row: Row, hinted: bool) -> Request:
