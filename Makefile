@@ -1,13 +1,16 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
+# Every process of Ray imports torch, ray and transformers, which takes twice as long without compiled bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test bench check lock models
 
 demo: .venv/installed  ## the whole chain on tiny models, with a report at the end
 	$(BIN)/distill demo
 
 test: .venv/installed  ## checks, unit tests, then the tests on a real local Ray
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "slow and not ray"
 	$(BIN)/python -m pytest -m ray
 

@@ -12,9 +12,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import fsspec
@@ -186,7 +187,7 @@ class Artifact:
             "seconds": round(time.time() - start, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **facts,
-            "versions": dict(_versions()),
+            "versions": _versions(),
             "recipe": recipe,
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n"
@@ -324,9 +325,11 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+@cache
+def _versions() -> dict[str, str]:
+    """Package → version; one that is not installed is not used, and left out."""
+    found = {}
     for package in _VERSIONED:
-        try:
-            yield package, version(package)
-        except ImportError:  # PackageNotFoundError: not installed, so not used
-            continue
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -30,6 +30,7 @@ def ray_session() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=show, logging_level=logging.WARNING)
     else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no one preempts this machine's own node
         slots = max(2, os.cpu_count() or 2)  # a stage and what feeds it need two, on one core too
         ray.init(num_cpus=slots, include_dashboard=False, log_to_driver=show, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()
