@@ -72,8 +72,10 @@ class Meter(AbstractContextManager["Meter"]):
         """Take up the report of one batch.
 
         Raises:
-            UserError: a limit of the budget is reached, or too much is rejected.
+            UserError: a limit of the budget is reached, too much is rejected, or a replica says that no one can go on.
         """
+        if report["stop"]:
+            raise UserError(report["stop"])
         outcomes = json.loads(report["outcomes"])
         self.outcomes.update(outcomes)
         self.tokens.update({name: report[name] for name in TOKENS})

@@ -195,7 +195,13 @@ class Asker:
         [batch] = table.to_pylist()
         columns = ["row_id", "split", "input", "choices", "label"]
         rows = pq.read_table(batch["part"], columns=columns, filesystem=self.examples.fs).take(batch["rows"])
-        reports = [*self._answer(rows.append_column("sample", pa.array(batch["samples"], pa.int32())))]
+        try:
+            reports = [*self._answer(rows.append_column("sample", pa.array(batch["samples"], pa.int32())))]
+        except (UserError, OSError) as error:
+            stop = _ours(error, self.asking.artifact)
+            if stop is None:
+                raise
+            reports = [self._report([], []) | {"stop": str(stop)}]  # Ray Data would lose what kind of error it is
         return {column: [report[column] for report in reports] for column in reports[0]}
 
     def _answer(self, table: pa.Table) -> Iterator[Row]:
@@ -233,6 +239,7 @@ class Asker:
             "ready": getattr(self.engine, "ready_at", self.since),
             "at": time.time(),
             "restarts": self.revived,
+            "stop": "",  # why no replica need go on
             **{n: sum(row[n] or 0 for row in made) for n in ("input_tokens", "cached_tokens", "output_tokens")},
             "outcomes": json.dumps(Counter(row["reason"] or "accepted" for row in judged)),
             "rejects": json.dumps(

@@ -21,6 +21,7 @@ def report(outcomes: dict[str, int], rejects: list[list[str]] | None = None, **k
         "ready": 110.0,
         "at": 120.0,
         "restarts": 0,
+        "stop": "",
         "input_tokens": 50,
         "cached_tokens": 40,
         "output_tokens": 10,
@@ -125,6 +126,11 @@ def test_a_run_that_goes_wrong_stops_early_and_shows_why(
 
 def test_few_texts_say_nothing_yet(make_line: MakeLine) -> None:
     make_meter(make_line(), pending=20).add(report({"unparsable": 20}))
+
+
+def test_a_replica_that_can_not_go_on_stops_the_run(make_line: MakeLine) -> None:
+    with pytest.raises(UserError, match="the disk is full"):
+        make_meter(make_line()).add(report({}, stop="the disk is full"))
 
 
 def test_the_most_telling_rejects_are_of_every_reason() -> None:
