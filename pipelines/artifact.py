@@ -191,16 +191,22 @@ class Artifact:
             "recipe": recipe,
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n"
-        self.fs.makedirs(self.path(), exist_ok=True)
+        self.write_text(MANIFEST, text)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file whole or not at all, whenever the process is killed or the disk is full."""
+        path = self.path(name)
+        folder, _, last = path.rpartition("/")
+        self.fs.makedirs(folder, exist_ok=True)
         if not self.local:  # an object store puts a file whole or not at all
-            self.fs.pipe_file(self.path(MANIFEST), text.encode())
+            self.fs.pipe_file(path, text.encode())
             return
-        temporary = self.path(f".{MANIFEST}.{uuid.uuid4().hex}")
+        temporary = f"{folder}/.{last}.{uuid.uuid4().hex}"
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path(MANIFEST))
+        os.replace(temporary, path)
 
 
 class PartWriter:

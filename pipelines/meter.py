@@ -124,9 +124,7 @@ class Meter(AbstractContextManager["Meter"]):
 
     def _save(self) -> None:
         if self.rows:
-            name = self.artifact.path(f"{SPENT}/{self._run}.json")
-            self.artifact.fs.makedirs(self.artifact.path(SPENT), exist_ok=True)
-            self.artifact.fs.pipe_file(name, json.dumps(self.account).encode())
+            self.artifact.write_text(f"{SPENT}/{self._run}.json", json.dumps(self.account))
         self._saved = time.time()
 
     def _show(self) -> None:
@@ -173,7 +171,7 @@ def spent(artifact: Artifact) -> Row:
     total: Counter[str] = Counter(dict.fromkeys(("rows", *TOKENS, "seconds", "engine_seconds", "restarts"), 0))
     folder = artifact.path(SPENT)
     if artifact.fs.exists(folder):
-        for path in artifact.fs.find(folder):
+        for path in (p for p in artifact.fs.find(folder) if p.endswith(".json")):
             account = json.loads(artifact.fs.cat_file(path))
             total.update({name: account[name] for name in ("seconds", "engine_seconds", "restarts")})
     for batch in artifact.dataset(ROWS, GENERATIONS).to_batches(columns=list(TOKENS)):

@@ -225,10 +225,10 @@ class Asker:
     def _try(self, name: str) -> int:
         """How often a batch was begun by replicas that had died before, this time included."""
         artifact = self.asking.artifact
-        path = artifact.path(f"{_TRIES}/{name.rpartition('/')[2]}")
+        tries = f"{_TRIES}/{name.rpartition('/')[2]}"
+        path = artifact.path(tries)
         number = 1 + (int(artifact.fs.cat_file(path)) if artifact.fs.exists(path) else 0)
-        artifact.fs.makedirs(artifact.path(_TRIES), exist_ok=True)
-        artifact.fs.pipe_file(path, str(number).encode())
+        artifact.write_text(tries, str(number))
         return number
 
     def _report(self, rows: list[Row], made: list[Row]) -> Row:
