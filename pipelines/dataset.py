@@ -14,8 +14,8 @@ from pipelines.console import say, show_table, track
 from pipelines.draw import position_in_unit
 from pipelines.errors import UserError
 from pipelines.lineage import Lineage
-from pipelines.query import RowsById, scratch_database
 from pipelines.schema import DATASET
+from pipelines.scratch import RowsById, scratch_database
 from pipelines.tasks import Task
 
 Row = dict[str, Any]

@@ -20,9 +20,9 @@ from pipelines.console import say
 from pipelines.duplicates import Inputs
 from pipelines.errors import UserError
 from pipelines.lineage import Lineage
-from pipelines.query import scratch_database
 from pipelines.recipe import Split
 from pipelines.schema import EXAMPLES
+from pipelines.scratch import scratch_database
 from pipelines.tasks import Task
 from pipelines.tasks.sources import Row, read_rows
 

@@ -21,8 +21,8 @@ from pipelines.errors import UserError
 from pipelines.examples import build_examples
 from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import TOKENS, cost, gpu_hours, spent
-from pipelines.query import RowsById, scratch_database
 from pipelines.schema import GENERATIONS, RATIONALES, REJECTED, SPLITS, Reason
+from pipelines.scratch import RowsById, scratch_database
 from pipelines.teacher import Asking, ask, make_keys
 
 Row = dict[str, Any]

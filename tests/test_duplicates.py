@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pipelines.duplicates import COMPARED, FOUND, Inputs, Repeat, band_hashes, bands_for, jaccard, runs_of_words
-from pipelines.query import scratch_database
+from pipelines.scratch import scratch_database
 
 Near = Literal["keep", "drop_leaks", "drop"]
 WORDS = [f"w{n}" for n in range(5000)]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pipelines.console import say
 from pipelines.errors import UserError
-from pipelines.query import RowsById, scratch_database
+from pipelines.scratch import RowsById, scratch_database
 from pipelines.tasks import Task
 from pipelines.tasks.sources import Row, read_rows, read_values
 

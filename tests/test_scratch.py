@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.query import RowsById, scratch_database
+from pipelines.scratch import RowsById, scratch_database
 
 
 @pytest.fixture
