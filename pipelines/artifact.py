@@ -69,13 +69,13 @@ class Artifact:
         with self.fs.open(self.path(MANIFEST), "r", encoding="utf-8") as file:
             return cast(dict[str, Any], json.load(file))
 
-    def begin(self, force: bool) -> bool:
+    def begin(self, force: bool, go_on: bool = False) -> bool:
         """Whether there is work to do; a finished artefact says that it is skipped. Otherwise whatever an
-        unfinished or unwanted attempt left is removed."""
+        unfinished or unwanted attempt left is removed; with `go_on`, what an unfinished one left stays."""
         if self.done() and not force:
             say(f"{self.stage} {self.key}: done before, skipped")
             return False
-        if self.fs.exists(self.path()):
+        if self.fs.exists(self.path()) and (force or not go_on):
             self.fs.rm(self.path(), recursive=True)
         self.fs.makedirs(self.path(), exist_ok=True)
         say(f"{self.stage} {self.key}: {self.uri}")

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def summarise(scores: Sequence[Score], resamples: int) -> list[Cell]:
     groups = _by_cell(scores)
     cells = []
     for (labels, fraction, arm), group in groups.items():
-        partner = groups.get((labels, fraction, "standard"), []) if arm == "step_by_step" else []
+        partner = [] if arm == "standard" else groups.get((labels, fraction, "standard"), [])
         paired = _paired(group, partner)
         cells.append(
             Cell(
@@ -221,12 +221,13 @@ def signed(share: float) -> str:
 
 
 def _by_cell(scores: Sequence[Score]) -> dict[tuple[LabelSource, float, Arm], list[Score]]:
-    """(labels, fraction, arm) → its students by seed; gold first, small first, standard first."""
+    """(labels, fraction, arm) → its students by seed; gold first, small first, arms in their order."""
 
     def cell(score: Score) -> tuple[LabelSource, float, Arm]:
         return score.run.labels, score.run.fraction, score.run.arm
 
-    ordered = sorted(scores, key=lambda s: (*cell(s), s.run.seed))
+    arms = get_args(Arm)
+    ordered = sorted(scores, key=lambda s: (s.run.labels, s.run.fraction, arms.index(s.run.arm), s.run.seed))
     return {key: list(group) for key, group in itertools.groupby(ordered, cell)}
 
 

@@ -12,13 +12,23 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Rationale:
+    """Why a label is right, in a teacher's words."""
+
+    text: str
+    teacher: str = ""
+    agreement: float = 1.0  # share of the row's samples that say its label
+
+
+@dataclass(frozen=True)
 class TrainRow:
     """One row to learn from; without a rationale it teaches its label alone."""
 
     row_id: str
     input: str
     label: str
-    rationale: str | None = None
+    rationales: tuple[Rationale, ...] = ()
+    agreement: float = 1.0  # with the label: 1 where it is gold
 
 
 def draw_rows(dataset: Iterable[Row], run: Run) -> list[TrainRow]:
@@ -28,7 +38,7 @@ def draw_rows(dataset: Iterable[Row], run: Run) -> list[TrainRow]:
     its label, and never looks at gold. A smaller fraction lies within a larger one of the same seed.
 
     Returns:
-        Rows with the label, and the first usable rationale where there is one and the arm wants it.
+        Rows with the label, and the usable rationales if the arm learns from any.
     """
     usable = [row for row in dataset if row["label" if run.labels == "gold" else "teacher_label"] is not None]
     usable.sort(key=lambda row: (position_in_unit(row["row_id"], run.seed), row["row_id"]))
@@ -43,11 +53,19 @@ def position_in_unit(row_id: str, seed: int | str = "") -> float:
 
 
 def _train_row(row: Row, run: Run) -> TrainRow:
+    said, agreement = row["rationales"], 1.0
     if run.labels == "gold":
-        label, fit = row["label"], [r for r in row["rationales"] if r["reason"] is None]
+        label, fit = row["label"], [r for r in said if r["reason"] is None]
     else:  # this arm knows no gold: neither by a filter, nor by a rationale that was told it
         label, known = row["teacher_label"], (None, Reason.DISAGREES_WITH_GOLD)
-        own = [r for r in row["rationales"] if r["reason"] in known and not r["rationalized"]]
-        fit = [r for r in own if r["label"] == label]  # one that argues for another label explains nothing
-    rationale = fit[0]["rationale"] if fit and run.arm == "step_by_step" else None
-    return TrainRow(row["row_id"], row["input"], label, rationale)
+        own = [r for r in said if not r["rationalized"] and r["label"] == label]
+        fit = [r for r in own if r["reason"] in known]  # one that argues for another label explains nothing
+        agreement = max((_agreement(r) for r in own), default=1.0)
+    if run.arm == "standard":
+        fit = []
+    rationales = tuple(Rationale(r["rationale"], r["teacher"] or "", _agreement(r)) for r in fit)
+    return TrainRow(row["row_id"], row["input"], label, rationales, agreement)
+
+
+def _agreement(said: Row) -> float:
+    return 1.0 if said["agreement"] is None else float(said["agreement"])

@@ -12,7 +12,13 @@ from matplotlib.figure import Figure
 from pipelines.comparison import Cell, Interval
 
 _INK = "#767676"  # stands out as much from white as from black; in the page it becomes the text's colour
-_COLOURS = {"standard": "#d97706", "step_by_step": "#2f81f7"}
+_COLOURS = {
+    "standard": "#d97706",
+    "step_by_step": "#2f81f7",
+    "rationale_first": "#a371f7",
+    "label_first": "#2da44e",
+    "shuffled_rationale": "#8b949e",
+}
 _MARKS = {"gold": ("o", "-"), "teacher": ("s", "--")}
 _TEACHER = "teacher"
 SIZES = {"wide": (7.4, 4.2), "narrow": (3.9, 4.2)}  # inches; the narrow one is for phones

@@ -12,12 +12,14 @@ from functools import cached_property
 from typing import Any
 
 from pipelines.artifact import Artifact, Store, fingerprint, make_key, open_artifact, open_path, open_store
+from pipelines.deepspeed_config import read_config
 from pipelines.errors import UserError
 from pipelines.prompts import prompt_hash, stop_strings
 from pipelines.recipe import BUILTIN, Recipe, Run, Split, resolve
 from pipelines.tasks import Task, load_task
 
 MODEL = "model"  # the folder of the student within a train artefact
+BEST = "best"  # while it is trained: the folder of the weights that were best so far
 ROWS = "rows"  # the folder of the texts within a generations artefact
 _PROMPTING = {"instruction", "prompt", "exemplars", "stop", "description", "hint"}
 # arguments of vLLM's engine that change how fast it writes, and not what
@@ -38,7 +40,19 @@ _ENGINE_RESOURCES = {
     "pipeline_parallel_size",
     "tensor_parallel_size",
 }
-_STUDENT_RESOURCES = {"workers", "gpus", "cpus"}
+_STUDENT_RESOURCES = {
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "checkpoints_kept",
+    "cpus",
+    "gpus",
+    "gradient_accumulation",
+    "local_files_only",
+    "max_failures",
+    "trackers",
+    "workers",
+    "zero_stage",
+}
 
 
 @dataclass(frozen=True)
@@ -155,9 +169,11 @@ class Lineage:
 
     def student(self, run: Run) -> Artifact:
         """One trained student."""
-        settings = self.recipe.student.model_dump(exclude=_STUDENT_RESOURCES | {"model", "revision"})
-        model = model_identity(self.recipe.student.model, self.recipe.student.revision)
-        return self._artifact("train", self.dataset.key, model, settings, run.model_dump())
+        student = self.recipe.student
+        settings = student.model_dump(exclude=_STUDENT_RESOURCES | {"model", "revision", "deepspeed"})
+        model = model_identity(student.model, student.revision)
+        given = read_config(student.deepspeed) if student.deepspeed else None
+        return self._artifact("train", self.dataset.key, model, settings, given, run.model_dump())
 
     def evaluation(self, run: Run) -> Artifact:
         """One student's predictions on a split, and its metrics."""

@@ -3,8 +3,8 @@
 Closed sets (`choice`, `row_choice`) are scored: the probability of each label as a whole, so the answer is
 always valid. Expressions and free text are decoded greedily.
 
-A student's directory is a Hugging Face one with `distill.json` beside it: the task, and the prefix that
-asks for the label.
+A student's directory is a Hugging Face one with `distill.json` beside it: the task, and how the student was
+taught to answer. One of arm rationale_first can't answer before it has written its rationale, so it writes both.
 """
 
 import json
@@ -17,7 +17,15 @@ import torch
 
 from pipelines import t5
 from pipelines.errors import UserError
-from pipelines.student import LABEL_PREFIX, load_student
+from pipelines.recipe import Arm
+from pipelines.student import (
+    LABEL_PREFIX,
+    RATIONALE_PREFIX,
+    after_openings,
+    decoder_opening,
+    load_student,
+    save_student,
+)
 from pipelines.tasks import Task
 
 if TYPE_CHECKING:
@@ -46,9 +54,12 @@ class Predictor:
         task: Task,
         max_input_tokens: int = 1024,
         max_new_tokens: int = 64,
+        arm: Arm = "standard",
+        prefix: str = "encoder",
     ) -> None:
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.max_input_tokens, self.max_new_tokens = max_input_tokens, max_new_tokens
+        self.arm, self.prefix = arm, prefix
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> Self:
@@ -63,7 +74,28 @@ class Predictor:
         facts = json.loads(path.read_text(encoding="utf-8"))
         model, tokenizer = load_student(str(folder))
         model.to(device)
-        return cls(model.eval(), tokenizer, Task.model_validate(facts["task"]), facts["max_input_tokens"])
+        return cls(
+            model.eval(),
+            tokenizer,
+            Task.model_validate(facts["task"]),
+            facts["max_input_tokens"],
+            facts["max_new_tokens"],
+            facts["arm"],
+            facts["prefix"],
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write a student's directory, which `open` reads."""
+        facts = {
+            "task": self.task.model_dump(mode="json"),
+            "max_input_tokens": self.max_input_tokens,
+            "max_new_tokens": self.max_new_tokens,
+            "arm": self.arm,
+            "prefix": self.prefix,
+        }
+        save_student(self.model, self.tokenizer, Path(folder))
+        text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        Path(folder, SIDECAR).write_text(text, encoding="utf-8")
 
     def predict(
         self, inputs: Sequence[str], choices: Sequence[Sequence[str] | None] | None = None, batch_size: int = 64
@@ -82,15 +114,36 @@ class Predictor:
         self.model.train(was_training)
         return [predictions[i] for i in range(len(inputs))]
 
+    def explain(self, inputs: Sequence[str], max_new_tokens: int = 128) -> list[str]:
+        """What the student writes as rationales, greedily. Only for one that was taught to, and for people to look at:
+        no prediction needs it."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.inference_mode():
+            made, _ = self._write(self._read(inputs, RATIONALE_PREFIX), RATIONALE_PREFIX, max_new_tokens)
+        self.model.train(was_training)
+        return [str(text) for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+
     def _predict_batch(self, texts: list[str], choices: list[Sequence[str] | None]) -> Iterator[Prediction]:
-        ids = self.tokenizer([LABEL_PREFIX + text for text in texts])["input_ids"]
-        ids = [
-            row if len(row) <= self.max_input_tokens else [*row[: self.max_input_tokens - 1], row[-1]] for row in ids
-        ]
-        inputs = t5.Rows(ids, self.model.device)
+        inputs = self._read(texts, LABEL_PREFIX)
+        if self.arm == "rationale_first":
+            return self._decode_after_rationale(inputs, choices)
         if self.task.answer.kind in ("choice", "row_choice"):
             return self._score(inputs, [tuple(own or self.task.answer.labels) for own in choices])
         return self._decode(inputs)
+
+    def _read(self, texts: Sequence[str], prefix: str) -> t5.Rows:
+        told = prefix if self.prefix == "encoder" else ""
+        ids = self.tokenizer([told + text for text in texts])["input_ids"]
+        ids = [
+            row if len(row) <= self.max_input_tokens else [*row[: self.max_input_tokens - 1], row[-1]] for row in ids
+        ]
+        return t5.Rows(ids, self.model.device)
+
+    def _start(self, prefix: str) -> list[int]:
+        """What the decoder is given before it writes."""
+        opening = decoder_opening(self.tokenizer, prefix) if self.prefix == "decoder" else []
+        return [self.model.config.decoder_start_token_id, *opening]
 
     def _score(self, inputs: t5.Rows, labels: list[tuple[str, ...]]) -> Iterator[Prediction]:
         """Each row's labels by the log-probability of their tokens; one encoder pass, one decoder pass.
@@ -98,21 +151,24 @@ class Predictor:
         A row's labels stand one after another in one decoder row, each seeing itself alone, so that the row's
         input is attended to once and not once a label.
         """
-        device, start = self.model.device, self.model.config.decoder_start_token_id
+        device, start = self.model.device, self._start(LABEL_PREFIX)
         unique = list(dict.fromkeys(label for row in labels for label in row))
         ids = dict(zip(unique, self.tokenizer(unique)["input_ids"], strict=True))
-        tokens = [[ids[label] for label in row] for row in labels]
-        previous = t5.Rows([[i for text in row for i in (start, *text[:-1])] for row in tokens], device)
-        targets = torch.tensor([i for row in tokens for text in row for i in text], device=device)
-        lengths = torch.tensor([len(text) for row in tokens for text in row], device=device)
-        owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # the label of each token
-        of = previous.grid(owner[:, None]).squeeze(2)
+        tokens = [ids[label] for row in labels for label in row]
+        previous = t5.Rows([[i for label in row for i in (*start, *ids[label][:-1])] for row in labels], device)
+        opening = len(start) - 1
+        written = [opening + len(text) for text in tokens]
+        visible = t5.apart(previous, written)
         if len(set(labels)) == 1:
-            of = of[:1]  # what may be seen is alike in all rows
-        visible = t5.causal(of.shape[1], device) & (of[:, :, None] == of[:, None, :])
-        logits = t5.decode(self.model, previous, visible, t5.encode(self.model, inputs), inputs)
+            visible = visible[:1]  # it is alike in all rows
+        places = after_openings([opening] * len(tokens), written).to(device)
+        states = t5.encode(self.model, inputs)
+        logits = t5.decode(self.model, previous, visible, states, inputs, places)
+        targets = torch.tensor([i for text in tokens for i in text], device=device)
         log_probabilities = logits.float().log_softmax(dim=1).gather(1, targets[:, None]).squeeze(1)
-        scores = log_probabilities.new_zeros(len(lengths)).index_add(0, owner, log_probabilities).cpu()
+        lengths = torch.tensor([len(text) for text in tokens], device=device)
+        owner = torch.arange(len(tokens), device=device).repeat_interleave(lengths)  # the label of each token
+        scores = log_probabilities.new_zeros(len(tokens)).index_add(0, owner, log_probabilities).cpu()
         for row, row_scores in zip(labels, scores.split([len(row) for row in labels]), strict=True):
             probabilities = row_scores.softmax(dim=0)
             best = int(probabilities.argmax())
@@ -120,18 +176,63 @@ class Predictor:
 
     def _decode(self, inputs: t5.Rows) -> Iterator[Prediction]:
         """Greedy text; its confidence is the probability of the whole text."""
-        padding = self.tokenizer.pad_token_id
+        made, scores = self._write(inputs, LABEL_PREFIX, self.max_new_tokens)
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        for text, value in zip(texts, scores.sum(dim=1).exp().tolist(), strict=True):
+            yield Prediction(self.task.canonical(text), value, text)
+
+    def _decode_after_rationale(self, inputs: t5.Rows, choices: list[Sequence[str] | None]) -> Iterator[Prediction]:
+        """Greedy text up to the second end of sequence: the rationale, then the label. Its confidence is the
+        probability of the label after that rationale."""
+        made, scores = self._write(inputs, LABEL_PREFIX, self.max_new_tokens, ends=2)
+        ends = (made == self.tokenizer.eos_token_id).long()
+        label = (ends.cumsum(dim=1) - ends == 1) & (made != self.tokenizer.pad_token_id)
+        for row, mask, logs, own in zip(made, label, scores, choices, strict=True):
+            text = self.tokenizer.decode(row[mask], skip_special_tokens=True)
+            yield Prediction(self.task.canonical(text, own), float(logs[mask].sum().exp()), text)
+
+    def _write(
+        self, inputs: t5.Rows, prefix: str, max_new_tokens: int, ends: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids that the decoder writes greedily after `prefix`, up to so many ends of sequence and padded after
+        that, and their log-probabilities; both of shape (rows, length)."""
+        padding, end, start = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self._start(prefix)
+        chosen = _LogProbabilities()
         made: Any = self.model.generate(
             input_ids=torch.full_like(inputs.real, padding, dtype=torch.long).masked_scatter(inputs.real, inputs.ids),
             attention_mask=inputs.real.long(),
-            max_new_tokens=self.max_new_tokens,
+            decoder_input_ids=torch.tensor([start] * len(inputs.lengths), device=self.model.device),
+            max_new_tokens=max_new_tokens,
             do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=True,
+            logits_processor=[chosen],
+            stopping_criteria=[_Ends(len(start), end, ends)],
+            eos_token_id=_NEVER,
         )
-        scores = self.model.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
-        written = made.sequences[:, 1:] != padding
-        confidence = scores.masked_fill(~written, 0.0).sum(dim=1).exp()
-        texts = self.tokenizer.batch_decode(made.sequences, skip_special_tokens=True)
-        for text, value in zip(texts, confidence.tolist(), strict=True):
-            yield Prediction(self.task.canonical(text), value, text)
+        written = made[:, len(start) :]
+        is_end = (written == end).long()
+        over = is_end.cumsum(dim=1) - is_end >= ends
+        return written.masked_fill(over, padding), torch.stack(chosen.values, dim=1).masked_fill(over, 0.0)
+
+
+_NEVER = -1  # an end of sequence that no row reaches: `_Ends` says where rows end
+
+
+class _Ends:
+    """Rows are done after so many ends of sequence."""
+
+    def __init__(self, start: int, end: int, count: int) -> None:
+        self.start, self.end, self.count = start, end, count
+
+    def __call__(self, ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        return (ids[:, self.start :] == self.end).sum(dim=1) >= self.count
+
+
+class _LogProbabilities:
+    """Keeps the log-probability of what is written greedily, step by step, and no more of the vocabulary."""
+
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = []  # of shape (rows,) each
+
+    def __call__(self, ids: object, logits: torch.Tensor) -> torch.Tensor:
+        self.values.append(logits.float().log_softmax(dim=1).amax(dim=1))
+        return logits

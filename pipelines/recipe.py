@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipelines.errors import UserError, explain_invalid
 
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent
 SHIPPED = PACKAGE / "recipes"
 BUILTIN = "builtin:"
 
-Arm = Literal["standard", "step_by_step"]
+Arm = Literal["standard", "step_by_step", "rationale_first", "label_first", "shuffled_rationale"]
 LabelSource = Literal["gold", "teacher"]
 Split = Literal["train", "validation", "test", "unlabelled"]
 
@@ -196,31 +196,91 @@ class Student(_Frozen):
 
     model: str = Field(default="builtin:quickstart/student", description="Hugging Face id, local directory or builtin:")
     revision: str | None = None
+    local_files_only: bool = Field(default=False, description="never look for the model on the hub")
     init: Literal["pretrained", "random"] = Field(
         default="pretrained", description="random keeps only shape and tokenizer"
     )
-    alpha: float = Field(default=0.5, ge=0, le=1, description="alpha * label loss + (1 - alpha) * rationale loss")
+    # the method
+    alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="alpha * label loss + (1 - alpha) * rationale loss; `lambda` may stand instead, the paper's "
+        "label loss + lambda * rationale loss, and becomes alpha = 1 / (1 + lambda)",
+    )
+    prefix: Literal["encoder", "decoder"] = Field(
+        default="encoder",
+        description="where the student is told its task; decoder is another method than the paper's: both tasks "
+        "share one encoder pass",
+    )
+    rationales: Literal["first", "draw", "per_teacher"] = Field(
+        default="first",
+        description="of a row with several: the first; one drawn anew each epoch; or one of each teacher, a task each",
+    )
+    weigh_by_agreement: bool = Field(
+        default=False, description="what teachers say counts by the share of a row's samples that agree with it"
+    )
+    # the optimisation
     learning_rate: float = Field(default=5e-5, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     batch_size: int = Field(default=64, ge=1, description="examples a step, over all workers")
+    batch_by_length: bool = Field(
+        default=False, description="rows of like length share a batch: faster; an epoch sees each row once as before"
+    )
     steps: int = Field(default=10_000, ge=1)
     eval_every: int = Field(default=500, ge=1, description="steps between two looks at validation")
+    patience: int | None = Field(default=None, ge=1, description="stop after so many looks without a better accuracy")
     max_input_tokens: int = Field(default=1024, ge=8)
     max_target_tokens: int = Field(default=256, ge=4)
     dropout: float | None = Field(default=None, ge=0, lt=1, description="default: the model's own")
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="T5 overflows in fp16, so that is not offered"
     )
+    deepspeed: str | None = Field(
+        default=None, description="a DeepSpeed config (JSON), for what this recipe has no key for; `auto` is filled in"
+    )
+    # resources, and what else leaves the student as it is
     zero_stage: Literal[0, 1, 2, 3] = 1
-    # resources
     workers: int = Field(default=1, ge=1)
     gpus: int = Field(default=0, ge=0, le=1, description="GPUs of one worker")
     cpus: float = Field(default=1, gt=0, description="CPUs of one worker")
+    gradient_accumulation: int = Field(default=1, ge=1, description="parts that a worker takes its batch in")
+    checkpoint_every: int = Field(default=500, ge=1, description="steps between two checkpoints to continue from")
+    checkpoint_minutes: float | None = Field(default=None, gt=0, description="at most so long between two checkpoints")
+    checkpoints_kept: int = Field(default=2, ge=1, description="the newest ones; the best weights are kept besides")
+    max_failures: int = Field(default=3, ge=0, description="restarts from the last checkpoint within one run")
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = Field(
+        default=(), description="besides TensorBoard; set up by their own environment variables"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lambda(cls, given: Any) -> Any:
+        """alpha from the paper's lambda: the losses differ by a factor, which Adam does not see."""
+        if not isinstance(given, dict) or "lambda" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "lambda"}
+        weight = given["lambda"]
+        if "alpha" in rest:
+            raise ValueError("alpha and lambda say the same thing; give one of the two")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+            raise ValueError(f"lambda must be a number from 0 on, not {weight!r}")
+        return {**rest, "alpha": 1 / (1 + weight)}
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, given: object) -> object:
+        if given in ("fp16", "float16"):
+            raise ValueError("T5's activations overflow in fp16 and the loss becomes NaN; take bf16 or fp32")
+        return given
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
-        if self.batch_size % self.workers:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of workers {self.workers}")
+        parts = self.workers * self.gradient_accumulation
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of workers * gradient_accumulation, {parts}"
+            )
         return self
 
 
@@ -285,6 +345,13 @@ class Recipe(_Frozen):
     def _consistent(self) -> Self:
         if self.teacher.engine == "outputs" and self.curate.on_disagree == "rationalize":
             raise ValueError("curate.on_disagree rationalize asks the teacher again, which engine outputs can't be")
+        one_target = sorted({run.arm for run in self.students()} & {"rationale_first", "label_first"})
+        if one_target and self.student.rationales == "per_teacher":
+            raise ValueError(
+                f"student.rationales per_teacher needs a task for each; arm {one_target[0]} has one target"
+            )
+        if one_target and self.student.prefix == "decoder":
+            raise ValueError(f"student.prefix decoder tells two tasks apart; arm {one_target[0]} has one")
         return self
 
     def students(self) -> list[Run]:

@@ -92,6 +92,16 @@ DATASET = pa.schema(
     ]
 )
 
+# train/<key>/losses.parquet: one row a step
+LOSSES = pa.schema(
+    [
+        ("step", pa.int64()),  # from 1
+        ("loss", pa.float64()),
+        ("label_loss", pa.float64()),  # null where the step had one task alone
+        ("rationale_loss", pa.float64()),
+    ]
+)
+
 # evaluate/<key>/predictions.parquet
 PREDICTIONS = pa.schema(
     [

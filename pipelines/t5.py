@@ -43,7 +43,14 @@ def encode(model: Any, inputs: Rows) -> torch.Tensor:
     return _stack(model.get_encoder(), inputs, inputs.real[:, None])
 
 
-def decode(model: Any, previous: Rows, visible: torch.Tensor, states: torch.Tensor, inputs: Rows) -> torch.Tensor:
+def decode(
+    model: Any,
+    previous: Rows,
+    visible: torch.Tensor,
+    states: torch.Tensor,
+    inputs: Rows,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The logits of the token after each of `previous`, of shape (tokens, vocabulary).
 
     Args:
@@ -53,8 +60,11 @@ def decode(model: Any, previous: Rows, visible: torch.Tensor, states: torch.Tens
         visible: of shape (rows or 1, length, length): which token of a row (second) another (first) may look at.
         states: `encode(model, inputs)`.
         inputs: as many rows as `previous`.
+        places: of shape (wanted,); if given, only the logits after these tokens are made.
     """
     written = _stack(model.get_decoder(), previous, visible, states, inputs)
+    if places is not None:
+        written = written.index_select(0, places)
     if _scaled(model.config):
         written = written * model.config.d_model**-0.5
     logits: torch.Tensor = model.get_output_embeddings()(written)
@@ -64,6 +74,15 @@ def decode(model: Any, previous: Rows, visible: torch.Tensor, states: torch.Tens
 def causal(width: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """`visible` where each row is one text: a token may look at itself and what is before it."""
     return torch.ones(1, width, width, dtype=torch.bool, device=device).tril()
+
+
+def apart(rows: Rows, lengths: Sequence[int]) -> torch.Tensor:
+    """`visible` where rows hold several texts, of these lengths in tokens: a token may look at what is before it in
+    its own text."""
+    device = rows.ids.device
+    text = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    of = rows.grid(text[:, None]).squeeze(2)
+    return causal(of.shape[1], device) & (of[:, :, None] == of[:, None, :])
 
 
 def _stack(

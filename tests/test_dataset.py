@@ -376,6 +376,7 @@ def test_a_given_validation_split_takes_nothing_from_train(make_line: MakeLine) 
 def row(number: int, gold: str | None = "good", said: str | None = "good") -> Row:
     """A row of the dataset; the teacher said something with label `said`, which gold may speak against."""
     rationale = {"teacher": "t", "sample": 0, "rationale": f"why {number}", "label": said, "rationalized": False}
+    rationale["agreement"] = 1.0
     return {
         "row_id": f"id{number}",
         "input": f"text {number}",
@@ -390,6 +391,11 @@ def ids(rows: list[TrainRow]) -> list[str]:
 
 
 HUNDRED = [row(n) for n in range(100)]
+
+
+def first(row: TrainRow) -> str | None:
+    """The rationale that a student takes when it takes one."""
+    return row.rationales[0].text if row.rationales else None
 
 
 @pytest.mark.parametrize("labels", ["gold", "teacher"])
@@ -411,8 +417,8 @@ def test_arms_learn_from_the_same_rows_in_the_same_order_whatever_the_order_read
     one = draw_rows(HUNDRED, Run(arm="standard", fraction=0.5))
     other = draw_rows(reversed(HUNDRED), Run(arm="step_by_step", fraction=0.5))
     assert ids(one) == ids(other)
-    assert {r.rationale for r in one} == {None}
-    assert all(r.rationale == f"why {r.input.split()[1]}" for r in other)
+    assert {r.rationales for r in one} == {()}
+    assert all(first(r) == f"why {r.input.split()[1]}" for r in other)
 
 
 def test_a_fraction_is_of_the_rows_that_have_such_a_label() -> None:
@@ -423,7 +429,7 @@ def test_a_fraction_is_of_the_rows_that_have_such_a_label() -> None:
 
 def test_gold_students_take_every_gold_label_and_no_disputed_rationale() -> None:
     rows = [row(1), row(2, gold="bad", said="good"), row(3, said=None), row(4, gold=None)]
-    drawn = {r.row_id: (r.label, r.rationale) for r in draw_rows(rows, Run(arm="step_by_step"))}
+    drawn = {r.row_id: (r.label, first(r)) for r in draw_rows(rows, Run(arm="step_by_step"))}
     assert drawn == {"id1": ("good", "why 1"), "id2": ("bad", None), "id3": ("good", None)}
 
 
@@ -431,7 +437,7 @@ def test_teacher_students_never_look_at_gold() -> None:
     run = Run(arm="step_by_step", labels="teacher")
     rows = [row(1), row(2, gold="bad", said="good"), row(3, said=None), row(4, gold=None)]
     drawn = draw_rows(rows, run)
-    assert {r.row_id: (r.label, r.rationale) for r in drawn} == {
+    assert {r.row_id: (r.label, first(r)) for r in drawn} == {
         "id1": ("good", "why 1"),
         "id2": ("good", "why 2"),
         "id4": ("good", "why 4"),
@@ -444,9 +450,25 @@ def test_teacher_students_learn_no_rationale_that_was_told_gold_or_argues_for_an
     told["rationales"][0]["rationalized"] = True
     other["rationales"].insert(0, other["rationales"][0] | {"label": "bad", "rationale": "because"})
     drawn = draw_rows([told, other], Run(arm="step_by_step", labels="teacher"))
-    assert {r.row_id: r.rationale for r in drawn} == {"id1": None, "id2": "why 2"}
+    assert {r.row_id: first(r) for r in drawn} == {"id1": None, "id2": "why 2"}
     gold = draw_rows([told], Run(arm="step_by_step"))
-    assert [r.rationale for r in gold] == ["why 1"], "a student of gold labels may know of gold"
+    assert [first(r) for r in gold] == ["why 1"], "a student of gold labels may know of gold"
+
+
+def test_several_rationales_of_a_row_come_in_their_order_with_who_said_them_and_how_many_agree() -> None:
+    several = row(1)
+    first_said = several["rationales"][0] | {"agreement": 0.75}
+    second = first_said | {"teacher": "other", "rationale": "because", "agreement": None}
+    several["rationales"] = [first_said, second]
+    drawn = draw_rows([several], Run(arm="step_by_step"))[0]
+    assert [(r.text, r.teacher == "other", r.agreement) for r in drawn.rationales] == [
+        ("why 1", False, 0.75),
+        ("because", True, 1.0),
+    ]
+    assert drawn.agreement == 1.0, "a gold label is certain"
+    assert (
+        draw_rows([several | {"rationales": [first_said]}], Run(arm="standard", labels="teacher"))[0].agreement == 0.75
+    )
 
 
 def test_positions_are_even_and_depend_on_the_seed() -> None:

@@ -1,15 +1,15 @@
 """Label-only inference: valid answers, exact probabilities, the order of the inputs."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipelines.errors import UserError
-from pipelines.predictor import SIDECAR, Predictor
-from pipelines.recipe import resolve
-from pipelines.student import load_student, save_student
+from pipelines.predictor import Predictor
+from pipelines.recipe import Arm, resolve
+from pipelines.student import load_student
 from pipelines.tasks import Task, load_task
 
 pytestmark = pytest.mark.slow  # it loads transformers
@@ -76,11 +76,62 @@ def test_an_input_beyond_the_limit_is_cut_and_still_answered() -> None:
     assert short.predict(["word " * 5000])[0].label in CHOICE.answer.labels
 
 
-def test_a_saved_student_answers_as_before(closed: Predictor, tmp_path: Path) -> None:
-    save_student(closed.model, closed.tokenizer, tmp_path)
-    facts = {"task": CHOICE.model_dump(mode="json"), "max_input_tokens": 1024}
-    (tmp_path / SIDECAR).write_text(json.dumps(facts))
-    assert Predictor.open(tmp_path).predict(["My dog chewed it."]) == closed.predict(["My dog chewed it."])
+@pytest.mark.parametrize("arm", ["standard", "rationale_first"])
+@pytest.mark.parametrize("prefix", ["encoder", "decoder"])
+def test_a_saved_student_answers_as_before(closed: Predictor, tmp_path: Path, arm: Arm, prefix: str) -> None:
+    before = Predictor(closed.model, closed.tokenizer, CHOICE, 100, 12, arm, prefix)
+    before.save(tmp_path)
+    inputs = ["My dog chewed it.", "I changed my mind. " * 30]
+    assert Predictor.open(tmp_path).predict(inputs) == before.predict(inputs)
+
+
+def test_told_its_task_in_the_decoder_it_scores_labels_after_the_prefix(closed: Predictor) -> None:
+    model, tokenizer = closed.model.eval(), closed.tokenizer
+    text, scores = "The lamp stopped working.", []
+    opening = [model.config.decoder_start_token_id, *tokenizer("predict: ")["input_ids"][:-1]]
+    for label in CHOICE.answer.labels:
+        target = tokenizer(label)["input_ids"]
+        written = torch.tensor([opening + target[:-1]])
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt"), decoder_input_ids=written).logits[0]
+        logs = logits.log_softmax(1)[len(opening) - 1 :]
+        scores.append(sum(float(logs[at, token]) for at, token in enumerate(target)))
+    expected = torch.tensor(scores).softmax(0)
+    made = Predictor(model, tokenizer, CHOICE, prefix="decoder").predict([text, "x"])[0]
+    assert made.label == CHOICE.answer.labels[int(expected.argmax())]
+    assert made.confidence == pytest.approx(float(expected.max()), rel=1e-4)
+
+
+class Scripted:
+    """Has a model write fixed texts, whatever it reads: its processor of logits leaves but one token possible."""
+
+    def __init__(self, predictor: Predictor, texts: list[str]) -> None:
+        ids = predictor.tokenizer
+        self.rows = [[i for part in text.split("⏎") for i in ids(part)["input_ids"]] for text in texts]
+
+    def __call__(self, written: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        at = written.shape[1] - 1
+        for row, tokens in enumerate(self.rows[: len(logits)]):
+            logits[row, tokens[at] if at < len(tokens) else 7] += 1e4
+        return logits
+
+
+def test_after_a_rationale_the_label_is_what_stands_between_two_ends(
+    closed: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["It is faulty.⏎refund", "No idea.⏎maybe", "refund", "Long before.⏎repair"]
+    made = Predictor(closed.model, closed.tokenizer, CHOICE, max_new_tokens=60, arm="rationale_first")
+    generate = made.model.generate
+
+    def scripted(**arguments: Any) -> Any:
+        arguments["logits_processor"] = [Scripted(made, texts), *arguments["logits_processor"]]
+        return generate(**arguments)
+
+    monkeypatch.setattr(made.model, "generate", scripted)
+    predictions = made.predict(["a", "bb", "ccc", "dddd"])
+    assert [p.label for p in predictions] == ["refund", None, None, "repair"]
+    assert predictions[1].text == "maybe"
+    assert predictions[0].confidence == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:

@@ -62,8 +62,11 @@ def test_an_unknown_key_at_any_depth_comes_with_the_nearest_name(path: str, over
         ("student.steps=1.5", "student.steps: input should be a valid integer"),
         ("student.alpha=1.1", "student.alpha: input should be less than or equal to 1"),
         ("student=t5", "student: input should be a valid dictionary"),
-        ("student.precision=fp16", "student.precision: input should be 'fp32' or 'bf16', not 'fp16'"),
-        ("student={batch_size: 10, workers: 3}", "batch_size 10 must be a multiple of workers 3"),
+        ("student.precision=fp16", "student.precision: t5's activations overflow in fp16"),
+        (
+            "student={batch_size: 10, workers: 3}",
+            "batch_size 10 must be a multiple of workers * gradient_accumulation, 3",
+        ),
         ("source.limit=0", "source.limit"),
         ("source={test: x}", "give `train` or `unlabelled`"),
         ("teacher.replicas=[2, 1]", "1 <= min <= max"),
@@ -118,6 +121,28 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(path: str) -> None:
     assert made.teacher.splits == ("train",)
     assert made.source.validation == "a=b.jsonl"
     assert [(run.arm, run.fraction) for run in made.students()] == [("step_by_step", 0.5), ("step_by_step", 1.0)]
+
+
+def test_the_papers_lambda_becomes_alpha(path: str) -> None:
+    assert load_recipe(path, ["student.lambda=1"]).student == load_recipe(path, ["student.alpha=0.5"]).student
+    assert load_recipe(path, ["student.lambda=3"]).student.alpha == 0.25
+    assert load_recipe(path, ["student.lambda=0"]).student.alpha == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["student.lambda=1", "student.alpha=0.5"], "give one of the two"),
+        (["student.lambda=-1"], "lambda must be a number from 0 on"),
+        (["student.lambda=much"], "lambda must be a number from 0 on"),
+        (["student.rationales=per_teacher", "runs=[{arm: label_first}]"], "arm label_first has one target"),
+        (["student.prefix=decoder", "runs=[{arm: rationale_first}]"], "arm rationale_first has one"),
+        (["student.batch_size=12", "student.workers=2", "student.gradient_accumulation=4"], "a multiple of"),
+    ],
+)
+def test_what_does_not_go_together_is_said(path: str, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_recipe(path, overrides)
 
 
 def test_an_empty_value_takes_a_key_back(path: str) -> None:
