@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -120,6 +120,7 @@ def _train(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> None:
 
 def _fit(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> dict[str, Any]:
     """What the first worker returned."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -143,7 +144,8 @@ def _fit(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> dict[str
         ),
         run_config=RunConfig(
             name=_RAY,  # a name that stays, by which Ray Train finds its checkpoints again
-            storage_path=artifact.uri,
+            storage_path=artifact.uri if artifact.local else artifact.path(),
+            storage_filesystem=None if artifact.local else PyFileSystem(FSSpecHandler(artifact.fs)),
             checkpoint_config=CheckpointConfig(num_to_keep=student.checkpoints_kept),
             failure_config=FailureConfig(max_failures=student.max_failures),
         ),
@@ -182,10 +184,10 @@ def _show(runs: Sequence[Run], artifacts: dict[Run, Artifact]) -> None:
                 f"{best['accuracy']:.4f}",
                 f"{best['step']:,} of {made['steps']:,}{early}",
                 f"{made['examples_per_second']:,.1f}",
-                f"{cut['inputs']:,} / {cut['rationales']:,}",
+                f"{cut['inputs'] + cut['rationales']:,}",
             ]
         )
-    show_table("Students", ["", "validation accuracy", "best step", "examples/s", "cut inputs / rationales"], rows)
+    show_table("Students", ["validation", "accuracy", "best step", "examples/s", "cut"], rows)
     for run in runs:
         explained = artifacts[run].manifest()["history"][-1]["explained"]
         if explained:
@@ -195,6 +197,7 @@ def _show(runs: Sequence[Run], artifacts: dict[Run, Artifact]) -> None:
 @contextmanager
 def _messages(names: Sequence[str], steps: int) -> Iterator[Any]:
     """A queue by which workers tell people how far they are: lines, and on a terminal a bar a student."""
+    from ray.exceptions import RayError
     from ray.util.queue import Queue
 
     messages = Queue(actor_options={"num_cpus": 0})
@@ -204,19 +207,21 @@ def _messages(names: Sequence[str], steps: int) -> Iterator[Any]:
         bars = {name: progress.add_task(name, total=steps, now="") for name in names}
 
         def follow() -> None:
-            while (message := messages.get()) is not None:
-                match message:
-                    case ("line", text):
-                        say(text)
-                    case ("step", name, step, losses, speed):
-                        now = "  ".join(f"{what.removesuffix('_loss')} {value:.3f}" for what, value in losses.items())
-                        progress.update(bars[name], completed=step, now=f"{now}  {speed:,.0f} examples/s")
+            with suppress(RayError):  # the cluster is gone; whoever waits for the students says so
+                while (message := messages.get()) is not None:
+                    match message:
+                        case ("line", text):
+                            say(text)
+                        case ("step", name, step, losses, speed):
+                            parts = "  ".join(f"{part.removesuffix('_loss')} {v:.3f}" for part, v in losses.items())
+                            progress.update(bars[name], completed=step, now=f"{parts}  {speed:,.0f} examples/s")
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
             yield messages
         finally:
-            messages.put(None)
-            thread.join(timeout=5)
-            messages.shutdown()
+            with suppress(RayError):
+                messages.put(None)
+                thread.join(timeout=5)
+                messages.shutdown()

@@ -6,10 +6,13 @@ goes on from a checkpoint takes the same steps.
 """
 
 import json
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,20 +105,17 @@ class _Worker:
         )
         self.cut = self._count_cut(rows)
         self.objective = Objective(self.model, s.alpha)
-        # None of DeepSpeed's own operators is used, yet it compiles one, which takes g++ and half a minute
-        deepspeed.ops.__compatible_ops__ = {}
-        self.engine, _, _, _ = deepspeed.initialize(
-            model=self.objective,
-            model_parameters=self.model.parameters(),
-            config=job.deepspeed,
-            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate),
-        )
         longest = s.max_target_tokens + 64 if self.run.arm == "rationale_first" else 64
         self.predictor = Predictor(
             self.model, self.tokenizer, job.task, s.max_input_tokens, longest, self.run.arm, s.prefix
         )
         self.state = State(job.artifact.key, self.world, s.zero_stage)
-        self._restore()
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            self.engine = self._engine()
+        else:
+            with checkpoint.as_directory() as folder:
+                self._restore(folder)
         self.tracker = self._tracker() if self.rank == 0 else None
 
     def train(self) -> dict[str, Any]:
@@ -304,32 +304,61 @@ class _Worker:
                 if path.rstrip("/").rpartition("/")[2] != str(state.best_step):
                     fs.rm(path, recursive=True)
 
-    def _restore(self) -> None:
-        """Go on from the last checkpoint, if there is one.
+    def _engine(self, universal: bool = False) -> Any:
+        # None of DeepSpeed's own operators is used, yet it compiles one, which takes g++ and half a minute
+        deepspeed.ops.__compatible_ops__ = {}
+        engine, _, _, _ = deepspeed.initialize(
+            model=self.objective,
+            model_parameters=self.model.parameters(),
+            config={**self.job.deepspeed, **({"checkpoint": {"load_universal": True}} if universal else {})},
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate),
+        )
+        return engine
+
+    def _restore(self, folder: str) -> None:
+        """Go on from a checkpoint. Another number of workers than wrote it takes other shards.
 
         Raises:
-            UserError: it is of another run, or of other shards.
+            UserError: it is of another run, or its shards are cut by another ZeRO stage.
         """
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as folder:
-            state = State(**json.loads(Path(folder, _STATE).read_text(encoding="utf-8")))
-            if state.key != self.state.key:
-                raise UserError(
-                    f"{self.job.artifact.uri}: the checkpoint in it is of another run ({state.key}); remove the "
-                    "folder, or train with --force"
-                )
-            if (state.workers, state.zero_stage) != (self.state.workers, self.state.zero_stage):
-                raise UserError(
-                    f"{self.run.name}: its checkpoint at step {state.step} was written by {state.workers} workers "
-                    f"under ZeRO {state.zero_stage}; go on with student.workers={state.workers} and "
-                    f"student.zero_stage={state.zero_stage}, or train from the start with --force"
-                )
-            self.engine.load_checkpoint(folder, tag=_TAG)
+        state = State(**json.loads(Path(folder, _STATE).read_text(encoding="utf-8")))
+        if state.key != self.state.key:
+            raise UserError(
+                f"{self.job.artifact.uri}: the checkpoint in it is of another run ({state.key}); remove the folder, or "
+                "train with --force"
+            )
+        if state.zero_stage != self.state.zero_stage:
+            raise UserError(
+                f"{self.run.name}: its checkpoint at step {state.step} was written under ZeRO {state.zero_stage}; go "
+                f"on with student.zero_stage={state.zero_stage}, or train from the start with --force"
+            )
+        reshard = state.workers != self.world and state.zero_stage > 0
+        self.engine = self._engine(reshard)
+        with self._universal(folder) if reshard else nullcontext(folder) as readable:
+            self.engine.load_checkpoint(readable, tag=_TAG)
+            distributed.barrier()
+        state.workers = self.world
         self.state = state
         if self.rank == 0:
             self._say(f"goes on from the checkpoint of step {state.step:,}")
+
+    @contextmanager
+    def _universal(self, folder: str) -> Iterator[str]:
+        """The checkpoint in DeepSpeed's universal form, which any number of workers can read; made once a node."""
+        context = ray.train.get_context()
+        node, made = context.get_node_rank(), None
+        if context.get_local_rank() == 0:
+            made = tempfile.mkdtemp()
+            paths = ["--input_folder", f"{folder}/{_TAG}", "--output_folder", f"{made}/{_TAG}"]
+            alone = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+            module = "deepspeed.checkpoint.ds_to_universal"
+            command = [sys.executable, "-m", module, *paths, *alone, "--inject_missing_state"]
+            subprocess.run(command, check=True, capture_output=True)
+        gathered: list[Any] = [None] * self.world
+        distributed.all_gather_object(gathered, (node, made))
+        yield next(path for of, path in gathered if of == node and path)
+        if made:
+            shutil.rmtree(made)
 
     def _tracker(self) -> Tracker:
         settings = {**self.run.model_dump(), **self.student.model_dump(mode="json")}
