@@ -28,7 +28,9 @@ def run_chain(line: Lineage, force: bool = False) -> Artifact:
 
 def _check_whole(line: Lineage) -> None:
     """What a late stage would find at fault, before the teacher is paid."""
-    _ = line.report  # its key holds the keys of all stages, so every file and model must be there
+    _ = line.report(
+        line.recipe.students()
+    )  # its key holds the keys of all stages, so every file and model must be there
     source, split = line.recipe.source, line.recipe.evaluate.split
     if not (source.train or source.validation):
         raise UserError("source has neither train nor validation, and a student's checkpoint is chosen on gold labels")

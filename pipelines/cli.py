@@ -187,13 +187,35 @@ def evaluate(
 
 
 @app.command()
+def search(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
+    """STAGE 5: try many students with Ray Tune; choose alpha on validation; score the chosen ones.
+
+    The space is the recipe's `search`; --set search.preset=small is a first look. A search that was stopped goes on.
+    """
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.search import search_students
+
+        return [search_students(line, force)]
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
 def report(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
-    """STAGE 6: one report.html with the table, the figure, the funnel and the cost."""
+    """STAGE 6: one report.html with the table, the figures, the funnel and the cost.
+
+    Over the students that `distill search` chose, if it has been run; otherwise over those of the recipe's `runs`.
+    """
 
     def work(line: Lineage) -> list[Artifact]:
         from pipelines.report import build_report
 
-        return [build_report(line, force)]
+        if not line.search.done():
+            return [build_report(line, force)]
+        from pipelines.search import chosen_runs
+
+        return [build_report(line, force, chosen_runs(line))]
 
     _stage(recipe, set_, json_, work)
 

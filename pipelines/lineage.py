@@ -7,11 +7,12 @@ apart from curation, so another way of filtering asks the teacher nothing.
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pipelines.artifact import Artifact, Store, fingerprint, make_key, open_artifact, open_path, open_store
+from pipelines.artifact import MANIFEST, Artifact, Store, fingerprint, make_key, open_artifact, open_path, open_store
 from pipelines.deepspeed_config import read_config
 from pipelines.errors import UserError
 from pipelines.prompts import prompt_hash, stop_strings
@@ -169,11 +170,12 @@ class Lineage:
 
     def student(self, run: Run) -> Artifact:
         """One trained student."""
-        student = self.recipe.student
+        student = self.recipe.student_of(run)
         settings = student.model_dump(exclude=_STUDENT_RESOURCES | {"model", "revision", "deepspeed"})
         model = model_identity(student.model, student.revision)
         given = read_config(student.deepspeed) if student.deepspeed else None
-        return self._artifact("train", self.dataset.key, model, settings, given, run.model_dump())
+        drawn = run.model_dump(exclude={"alpha", "model"})  # they are among the settings
+        return self._artifact("train", self.dataset.key, model, settings, given, drawn)
 
     def evaluation(self, run: Run) -> Artifact:
         """One student's predictions on a split, and its metrics."""
@@ -181,9 +183,17 @@ class Lineage:
         return self._artifact("evaluate", self.student(run).key, evaluate.split, evaluate.resamples)
 
     @cached_property
-    def report(self) -> Artifact:
-        """Tables and figures over all students of the recipe."""
-        return self._artifact("report", [self.evaluation(run).key for run in self.recipe.students()])
+    def search(self) -> Artifact:
+        """Which students the search chose, and what it tried."""
+        search = self.recipe.search
+        trials = [self.student(run).key for run in search.points()]
+        how = search.model_dump(include={"stop_early", "grace_looks", "reduction_factor"})
+        return self._artifact("search", trials, how, self.recipe.evaluate.split)
+
+    def report(self, runs: Sequence[Run] | None = None) -> Artifact:
+        """Tables and figures over these students; by default, those of the recipe's `runs`."""
+        runs = self.recipe.students() if runs is None else runs
+        return self._artifact("report", [self.evaluation(run).key for run in runs])
 
     def require(self, artifact: Artifact, command: str) -> Artifact:
         """A parent that must be there already.
@@ -196,6 +206,22 @@ class Lineage:
                 f"{artifact.uri}: not there yet; run `distill {command}` first, with the same recipe and settings"
             )
         return artifact
+
+    def reads_of_test(self) -> list[dict[str, str]]:
+        """Every time that a student of this storage was scored on the test split, by the manifests that are there."""
+        fs, root = open_path(f"{self.store.root}/evaluate")
+        folders = fs.ls(root, detail=False) if fs.exists(root) else []
+        manifests = [
+            open_artifact(fs.unstrip_protocol(folder)).manifest()
+            for folder in folders
+            if fs.exists(f"{folder}/{MANIFEST}")
+        ]
+        reads = [
+            {"student": Run.model_validate(m["run"]).name, "evaluation": m["key"], "at": m["finished"]}
+            for m in manifests
+            if m["split"] == "test"
+        ]
+        return sorted(reads, key=lambda read: read["at"])
 
     def output_files(self, pattern: str) -> list[str]:
         """The files of `teacher.outputs` that a path or glob names, numbered parts in numeric order."""

@@ -1,6 +1,7 @@
 """The recipe: one typed, frozen YAML for a whole run. Unknown keys are errors; every key has a default."""
 
 import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -15,6 +16,8 @@ SHIPPED = PACKAGE / "recipes"
 BUILTIN = "builtin:"
 
 Arm = Literal["standard", "step_by_step", "rationale_first", "label_first", "shuffled_rationale"]
+TWO_TASKS: tuple[Arm, ...] = ("step_by_step", "shuffled_rationale")
+ONE_TARGET: tuple[Arm, ...] = ("rationale_first", "label_first")
 LabelSource = Literal["gold", "teacher"]
 Split = Literal["train", "validation", "test", "unlabelled"]
 
@@ -290,12 +293,16 @@ class Run(_Frozen):
     arm: Arm
     labels: LabelSource = "gold"
     fraction: float = Field(default=1.0, gt=0, le=1)
+    alpha: float | None = Field(default=None, ge=0, le=1)  # None: student.alpha
+    model: str | None = None  # None: student.model
     seed: int = 0
 
     @property
     def name(self) -> str:
-        """E.g. `step_by_step-gold-0.25-seed0`."""
-        return f"{self.arm}-{self.labels}-{self.fraction:.4g}-seed{self.seed}"
+        """E.g. `step_by_step-gold-0.25-seed0`; with alpha and model where the run has its own."""
+        own = [] if self.alpha is None else [f"alpha{self.alpha:.4g}"]
+        own += [] if self.model is None else [self.model.rstrip("/").rpartition("/")[2]]
+        return "-".join([self.arm, self.labels, f"{self.fraction:.4g}", *own, f"seed{self.seed}"])
 
 
 class Grid(_Frozen):
@@ -306,13 +313,67 @@ class Grid(_Frozen):
     fraction: _OneOrMore[Annotated[float, Field(gt=0, le=1)]] = Field(
         default=(1.0,), description="share of the labelled rows; smaller ones lie within larger ones"
     )
+    alpha: _OneOrMore[Annotated[float, Field(ge=0, le=1)] | None] = Field(
+        default=(None,), description="instead of student.alpha, for the arms that have two tasks"
+    )
+    model: _OneOrMore[str | None] = Field(default=(None,), description="instead of student.model")
     seed: _OneOrMore[int] = (0,)
 
     def runs(self) -> list[Run]:
+        points = itertools.product(self.labels, self.fraction, self.model, self.arm, self.alpha, self.seed)
         return [
-            Run(arm=arm, labels=labels, fraction=fraction, seed=seed)
-            for labels, fraction, arm, seed in itertools.product(self.labels, self.fraction, self.arm, self.seed)
+            Run(
+                arm=arm,
+                labels=labels,
+                fraction=fraction,
+                alpha=alpha if arm in TWO_TASKS else None,
+                model=model,
+                seed=seed,
+            )
+            for labels, fraction, model, arm, alpha, seed in points
         ]
+
+
+class Search(_Frozen):
+    """What `distill search` tries; alpha is chosen on validation, over seeds, all else being equal."""
+
+    space: tuple[Grid, ...] = Field(
+        default=(Grid(alpha=(0.25, 0.5, 0.75), fraction=(0.125, 0.25, 0.5, 0.75, 1.0), seed=(0, 1, 2)),), min_length=1
+    )
+    preset: Literal["full", "small"] = Field(
+        default="full", description="small: of each part of the space the least and the largest fraction, one seed"
+    )
+    sample: int | None = Field(default=None, ge=1, description="so many points drawn at random, instead of all")
+    stop_early: bool = Field(
+        default=True, description="by ASHA: of students that differ in alpha alone, the worse ones end early"
+    )
+    grace_looks: int = Field(default=1, ge=1, description="looks at validation before one may be stopped")
+    reduction_factor: float = Field(default=2, gt=1, description="of those that are looked at, one in so many goes on")
+    retries: int = Field(default=1, ge=0, description="of a trial that fails")
+    max_trials: int | None = Field(default=None, ge=1)
+    max_hours: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_grid(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("space"), dict):
+            return {**given, "space": [given["space"]]}
+        return given
+
+    def points(self) -> list[Run]:
+        """The students to try, in order, each once."""
+        grids = self.space
+        if self.preset == "small":
+            outer = [sorted({min(grid.fraction), max(grid.fraction)}) for grid in grids]
+            grids = tuple(
+                grid.model_copy(update={"fraction": tuple(fractions), "seed": grid.seed[:1]})
+                for grid, fractions in zip(grids, outer, strict=True)
+            )
+        points = list(dict.fromkeys(run for grid in grids for run in grid.runs()))
+        if self.sample is not None and self.sample < len(points):
+            drawn = set(random.Random(0).sample(range(len(points)), self.sample))
+            points = [point for number, point in enumerate(points) if number in drawn]
+        return points[: self.max_trials]
 
 
 class Evaluate(_Frozen):
@@ -339,13 +400,14 @@ class Recipe(_Frozen):
     dataset: Dataset = Dataset()
     student: Student = Student()
     runs: tuple[Grid, ...] = (Grid(),)
+    search: Search = Search()
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.teacher.engine == "outputs" and self.curate.on_disagree == "rationalize":
             raise ValueError("curate.on_disagree rationalize asks the teacher again, which engine outputs can't be")
-        one_target = sorted({run.arm for run in self.students()} & {"rationale_first", "label_first"})
+        one_target = sorted({run.arm for run in self.students()} & set(ONE_TARGET))
         if one_target and self.student.rationales == "per_teacher":
             raise ValueError(
                 f"student.rationales per_teacher needs a task for each; arm {one_target[0]} has one target"
@@ -357,6 +419,13 @@ class Recipe(_Frozen):
     def students(self) -> list[Run]:
         """The students to train, in order, each once."""
         return list(dict.fromkeys(run for grid in self.runs for run in grid.runs()))
+
+    def student_of(self, run: Run) -> Student:
+        """The settings of one student: a run's own alpha and model take the place of `student`'s."""
+        own: dict[str, Any] = {} if run.alpha is None else {"alpha": run.alpha}
+        if run.model is not None:
+            own |= {"model": run.model, "revision": None}
+        return self.student.model_copy(update=own)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

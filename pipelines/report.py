@@ -36,6 +36,7 @@ from pipelines.comparison import (
 from pipelines.console import say, show_table
 from pipelines.figure import SIZES, draw, inline, png, svg
 from pipelines.lineage import MODEL, Lineage
+from pipelines.recipe import Run
 from pipelines.schema import SPLITS, Reason
 
 TEMPLATE = "report.html.j2"
@@ -76,21 +77,23 @@ class Findings:
         return len(self.best.score.right)
 
 
-def build_report(line: Lineage, force: bool = False) -> Artifact:
-    """Write the report over all students of the recipe, or find it done; print its table either way.
+def build_report(line: Lineage, force: bool = False, runs: Sequence[Run] | None = None) -> Artifact:
+    """Write the report over students, by default those of the recipe's `runs`, or find it done; print its table either
+    way.
 
     Raises:
         UserError: a student is not trained or not evaluated yet, or an earlier stage is not there.
     """
-    artifact = line.report
-    for run in line.recipe.students():
+    runs = line.recipe.students() if runs is None else runs
+    artifact = line.report(runs)
+    for run in runs:
         line.require(line.student(run), "train")
         line.require(line.evaluation(run), "evaluate")
     parents = [line.require(parent, "rationales") for parent in (line.examples, line.generations, line.rationales)]
     parents.append(line.require(line.dataset, "dataset"))
     if artifact.begin(force):
         start = time.time()
-        found = _find(line)
+        found = _find(line, runs)
         split = found.best.evaluated["split"]
         figures = {name: draw(found.cells, found.teacher, split, size) for name, size in SIZES.items()}
         svgs = {name: svg(figure, salt=name) for name, figure in figures.items()}
@@ -103,8 +106,8 @@ def build_report(line: Lineage, force: bool = False) -> Artifact:
     return artifact
 
 
-def _find(line: Lineage) -> Findings:
-    students = _read_students(line)
+def _find(line: Lineage, runs: Sequence[Run]) -> Findings:
+    students = _read_students(line, runs)
     scores = [student.score for student in students]
     resamples = line.recipe.evaluate.resamples
     teacher = line.rationales.manifest()["teacher_accuracy"].get(line.recipe.evaluate.split)
@@ -118,10 +121,10 @@ def _find(line: Lineage) -> Findings:
     )
 
 
-def _read_students(line: Lineage) -> list[Student]:
+def _read_students(line: Lineage, runs: Sequence[Run]) -> list[Student]:
     students = []
     row_ids = None
-    for run in line.recipe.students():
+    for run in runs:
         artifact, evaluation = line.student(run), line.evaluation(run)
         trained, evaluated = artifact.manifest(), evaluation.manifest()
         predictions = evaluation.read_table("predictions", columns=["row_id", "correct"]).sort_by("row_id")

@@ -102,6 +102,25 @@ LOSSES = pa.schema(
     ]
 )
 
+# search/<key>/trials.parquet
+TRIALS = pa.schema(
+    [
+        ("name", pa.string()),
+        ("arm", pa.string()),
+        ("labels", pa.string()),
+        ("fraction", pa.float64()),
+        ("alpha", pa.float64()),  # null: student.alpha
+        ("model", pa.string()),  # null: student.model
+        ("seed", pa.int64()),
+        ("key", pa.string()),  # of the student's artefact
+        ("state", pa.string()),  # done, stopped (early), failed, or not reached
+        ("error", pa.string()),
+        ("step", pa.int64()),  # the last that was looked at
+        ("accuracy", pa.float64()),  # the best on validation so far
+        ("chosen", pa.bool_()),
+    ]
+)
+
 # evaluate/<key>/predictions.parquet
 PREDICTIONS = pa.schema(
     [

@@ -24,7 +24,7 @@ from torch.nn import functional
 from pipelines import t5
 from pipelines.draw import Rationale, TrainRow
 from pipelines.errors import UserError
-from pipelines.recipe import Arm
+from pipelines.recipe import ONE_TARGET, Arm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 LABEL_PREFIX = "predict: "
 RATIONALE_PREFIX = "explain: "
 LABEL, RATIONALE = 0, 1  # the two tasks
-ONE_TARGET: tuple[Arm, ...] = ("rationale_first", "label_first")
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,20 @@ in the manifest. What the workers do is in `train_worker.py`. Until a student is
 killed and run again, it goes on from the last.
 """
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from pipelines.artifact import Artifact
-from pipelines.console import console, say, show_table
+from pipelines.console import say, show_table
 from pipelines.deepspeed_config import deepspeed_config, read_config
 from pipelines.draw import TrainRow, draw_rows
 from pipelines.errors import UserError
 from pipelines.lineage import BEST, MODEL, Lineage
+from pipelines.progress import progress_of
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Run, Student, resolve
 from pipelines.schema import LOSSES
@@ -50,10 +48,10 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
     if todo:
         with (
             ray_session(),
-            _messages([run.name for run in todo], student.steps) as messages,
-            ThreadPoolExecutor(_room(student)) as pool,
+            progress_of(student.steps) as messages,
+            ThreadPoolExecutor(room(student)) as pool,
         ):
-            trained = [pool.submit(_train, line, run, artifacts[run], messages) for run in todo]
+            trained = [pool.submit(train_student, line, run, messages) for run in todo]
             try:
                 for future in as_completed(trained):
                     error = future.exception()
@@ -83,15 +81,24 @@ def _lack(run: Run, rows: Sequence[TrainRow], batch_size: int) -> str | None:
     return None
 
 
-def _train(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> None:
-    """Train one student into its artefact, or go on with it."""
+def train_student(line: Lineage, run: Run, messages: Any, callbacks: Sequence[Any] = ()) -> None:
+    """Train one student into its artefact, or go on with it.
+
+    Args:
+        messages: a queue, see `progress.py`.
+        callbacks: of Ray Train.
+
+    Raises:
+        UserError: its rows or its loss won't do, or another run is at work on it.
+    """
+    artifact = line.student(run)
     with artifact.lease():
         start = time.time()
         rows = draw_rows(line.dataset.iter_rows("train"), run)
         explained = sum(bool(row.rationales) for row in rows)
         steps = line.recipe.student.steps
         say(f"  {run.name}: {len(rows):,} labels, {explained:,} rationales, {steps:,} steps")
-        made = _fit(line, run, artifact, messages)
+        made = _fit(line, run, artifact, messages, callbacks)
         if "refused" in made:
             raise UserError(made["refused"])
         state = made["state"]
@@ -118,13 +125,13 @@ def _train(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> None:
         artifact.fs.rm(artifact.path(_RAY), recursive=True)
 
 
-def _fit(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> dict[str, Any]:
+def _fit(line: Lineage, run: Run, artifact: Artifact, messages: Any, callbacks: Sequence[Any]) -> dict[str, Any]:
     """What the first worker returned."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    student = line.recipe.student
+    student = line.recipe.student_of(run)
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={
@@ -148,6 +155,7 @@ def _fit(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> dict[str
             storage_filesystem=None if artifact.local else PyFileSystem(FSSpecHandler(artifact.fs)),
             checkpoint_config=CheckpointConfig(num_to_keep=student.checkpoints_kept),
             failure_config=FailureConfig(max_failures=student.max_failures),
+            callbacks=list(callbacks),
         ),
     )
     made: dict[str, Any] = trainer.fit().return_value
@@ -160,7 +168,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     return train_worker(Job(**config))
 
 
-def _room(student: Student) -> int:
+def room(student: Student) -> int:
     """How many students the cluster can train at once."""
     import ray
 
@@ -192,36 +200,3 @@ def _show(runs: Sequence[Run], artifacts: dict[Run, Artifact]) -> None:
         explained = artifacts[run].manifest()["history"][-1]["explained"]
         if explained:
             say(f"  {run.name} explains {explained[0]['input'][:120]!r}: {explained[0]['rationale'][:200]!r}")
-
-
-@contextmanager
-def _messages(names: Sequence[str], steps: int) -> Iterator[Any]:
-    """A queue by which workers tell people how far they are: lines, and on a terminal a bar a student."""
-    from ray.exceptions import RayError
-    from ray.util.queue import Queue
-
-    messages = Queue(actor_options={"num_cpus": 0})
-    columns = ("  {task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[now]}")
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        bars = {name: progress.add_task(name, total=steps, now="") for name in names}
-
-        def follow() -> None:
-            with suppress(RayError):  # the cluster is gone; whoever waits for the students says so
-                while (message := messages.get()) is not None:
-                    match message:
-                        case ("line", text):
-                            say(text)
-                        case ("step", name, step, losses, speed):
-                            parts = "  ".join(f"{part.removesuffix('_loss')} {v:.3f}" for part, v in losses.items())
-                            progress.update(bars[name], completed=step, now=f"{parts}  {speed:,.0f} examples/s")
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield messages
-        finally:
-            with suppress(RayError):
-                messages.put(None)
-                thread.join(timeout=5)
-                messages.shutdown()

@@ -29,8 +29,8 @@ from pipelines.draw import TrainRow, draw_rows
 from pipelines.errors import UserError
 from pipelines.lineage import BEST
 from pipelines.predictor import Predictor
-from pipelines.recipe import Run, Student
-from pipelines.student import ONE_TARGET, Batch, Collator, Objective, load_student
+from pipelines.recipe import TWO_TASKS, Run, Student
+from pipelines.student import Batch, Collator, Objective, load_student
 from pipelines.tasks import Task
 from pipelines.tracking import Tracker
 
@@ -133,7 +133,7 @@ class _Worker:
                 self._checkpoint()
                 saved = time.monotonic()
             elif looked:
-                ray.train.report(state.history[-1])
+                ray.train.report(self._metrics())
         if self.tracker:
             self.tracker.close()
         return {
@@ -269,13 +269,17 @@ class _Worker:
 
     def _explain(self) -> list[dict[str, str]]:
         """What the student writes as rationales of a few validation rows, if it learns to."""
-        if self.run.arm == "standard" or self.run.arm in ONE_TARGET or self.student.rationales == "per_teacher":
+        if self.run.arm not in TWO_TASKS or self.student.rationales == "per_teacher":
             return []
         inputs = [row["input"] for row in self.validation[:_SHOWN]]
         return [
             {"input": text, "rationale": made}
             for text, made in zip(inputs, self.predictor.explain(inputs), strict=True)
         ]
+
+    def _metrics(self) -> dict[str, Any]:
+        """What Ray is told, which compares students by it."""
+        return {"step": self.state.step, "accuracy": max(self.state.best_accuracy, 0.0)}
 
     # what is kept
 
@@ -296,8 +300,7 @@ class _Worker:
             self.engine.save_checkpoint(folder, tag=_TAG)
             if self.rank == 0:
                 Path(folder, _STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-            metrics = {"step": state.step, **state.losses[-1], **(state.history[-1] if state.history else {})}
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            ray.train.report(self._metrics(), checkpoint=ray.train.Checkpoint.from_directory(folder))
         if self.rank == 0:  # only now, so that whatever checkpoint is the last finds its best weights
             fs, best = self.job.artifact.fs, self.job.artifact.path(BEST)
             for path in fs.ls(best, detail=False) if fs.exists(best) else []:

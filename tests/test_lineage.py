@@ -25,7 +25,7 @@ def keys(line: Lineage) -> dict[str, str]:
         line.student(run),
         line.evaluation(run),
     ]
-    return {artifact.stage: artifact.key for artifact in [*artifacts, line.report]}
+    return {artifact.stage: artifact.key for artifact in [*artifacts, line.report()]}
 
 
 def changed(before: dict[str, str], line: Lineage) -> tuple[str, ...]:

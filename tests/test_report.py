@@ -166,7 +166,7 @@ def csv_of(artifact: Artifact) -> list[dict[str, str]]:
 
 
 def test_the_table_holds_what_was_measured(small: Lineage) -> None:
-    manifest = small.report.manifest()
+    manifest = small.report().manifest()
     standard, step = manifest["table"]
     assert standard["accuracy"] == pytest.approx({"mean": 0.7, "low": 0.64, "high": 0.75})
     assert (standard["gain"], standard["examples"], standard["rationales"], standard["seeds"]) == (None, 100, 0, [0])
@@ -177,7 +177,7 @@ def test_the_table_holds_what_was_measured(small: Lineage) -> None:
     assert step["gain"]["high"] == pytest.approx(0.145, abs=0.01)
     assert manifest["teacher"] == pytest.approx({"mean": 0.84, "low": 0.7828, "high": 0.8844, "rows": ROWS}, abs=1e-3)
     assert (manifest["split"], manifest["rows"]) == ("test", ROWS)
-    said = words_of(small.report)
+    said = words_of(small.report())
     assert "standard chosen 0 1 70.0 64.0 to 75.0 –" in said
     assert "step_by_step 70 1 80.0 74.0 to 85.0 +10.0" in said
     assert "teacher – – 84.0 78.3 to 88.4" in said
@@ -192,7 +192,7 @@ def test_the_best_is_chosen_on_validation_never_on_test(small: Lineage, capsys: 
 
 
 def test_csv_has_a_line_a_student_and_one_for_the_teacher(curve: Lineage) -> None:
-    rows = csv_of(curve.report)
+    rows = csv_of(curve.report())
     assert list(rows[0]) == CSV_COLUMNS
     assert [(r["kind"], r["arm"], r["fraction"]) for r in rows] == [
         ("student", "standard", "0.5"),
@@ -227,7 +227,7 @@ class Outside(HTMLParser):
 
 
 def test_the_page_fetches_nothing(small: Lineage) -> None:
-    page = page_of(small.report)
+    page = page_of(small.report())
     parser = Outside()
     parser.feed(page)
     assert parser.found == []
@@ -275,19 +275,19 @@ def test_one_arm_alone(tmp_path: Path) -> None:
 
 
 def test_two_seeds_are_averaged_and_drawn(seeds: Lineage) -> None:
-    standard, step = seeds.report.manifest()["table"]
+    standard, step = seeds.report().manifest()["table"]
     assert standard["seeds"] == [0, 1]
     assert standard["accuracy"]["mean"] == 0.7
     assert standard["accuracy"]["low"] < 0.65 < 0.75 < standard["accuracy"]["high"]  # wider than either seed's spread
     assert step["gain"]["mean"] == 0.075  # (20 + 10) / 2 of 200
-    said = words_of(seeds.report)
+    said = words_of(seeds.report())
     assert "hierarchical bootstrap" in said
     assert "how much another seed would change" not in said
     assert "Seeds of students: 0, 1." in said
 
 
 def test_one_seed_says_what_its_interval_does_not_show(small: Lineage) -> None:
-    said = words_of(small.report)
+    said = words_of(small.report())
     assert "With one seed a student they do not show how much another seed would change." in said
     assert "hierarchical" not in said
 
@@ -310,7 +310,7 @@ def test_the_verdict(
 
 
 def test_the_funnel_tells_every_reason(odd: Lineage) -> None:
-    said = words_of(odd.report).replace("_ ", "_")
+    said = words_of(odd.report()).replace("_ ", "_")
     assert "asked for 100 7" in said
     accepted = 100 - len(Reason)
     assert f"accepted {accepted} {accepted}.0 % 7 100.0 %" in said
@@ -320,17 +320,17 @@ def test_the_funnel_tells_every_reason(odd: Lineage) -> None:
 
 
 def test_cost_and_provenance(small: Lineage) -> None:
-    said = words_of(small.report)
+    said = words_of(small.report())
     assert "300 texts; 120,000 tokens in, 9,000 out" in said
     assert "2 students; 15 s of it in training steps" in said
     for key in (small.generations.key, small.dataset.key, small.student(STEP).key, small.evaluation(STEP).key):
         assert key in said
-    assert small.report.manifest()["evaluations"] == {run.name: small.evaluation(run).key for run in (STANDARD, STEP)}
+    assert small.report().manifest()["evaluations"] == {run.name: small.evaluation(run).key for run in (STANDARD, STEP)}
     assert "some/student" in said
 
 
 def test_given_outputs_have_no_tokens(odd: Lineage) -> None:
-    said = words_of(odd.report)
+    said = words_of(odd.report())
     assert "given and not generated here" in said
     assert "tokens in" not in said
     assert "tokens a second" not in said
@@ -344,7 +344,7 @@ def test_validation_as_the_split_is_said_to_flatter(tmp_path: Path) -> None:
 
 
 def test_figures(curve: Lineage) -> None:
-    svg = Path(curve.report.path("accuracy.svg")).read_text(encoding="utf-8")
+    svg = Path(curve.report().path("accuracy.svg")).read_text(encoding="utf-8")
     for text in (
         "labelled examples learnt from",
         "right on test, %",
@@ -354,11 +354,11 @@ def test_figures(curve: Lineage) -> None:
         ">100<",
     ):
         assert text in svg
-    assert Path(curve.report.path("accuracy.png")).read_bytes().startswith(b"\x89PNG")
+    assert Path(curve.report().path("accuracy.png")).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_same_artefacts_make_the_same_files(seeds: Lineage) -> None:
-    artifact = seeds.report
+    artifact = seeds.report()
     names = ("report.html", "results.csv", "accuracy.svg")
     first = {name: Path(artifact.path(name)).read_bytes() for name in names}
     build_report(seeds, force=True)
@@ -366,7 +366,7 @@ def test_the_same_artefacts_make_the_same_files(seeds: Lineage) -> None:
 
 
 def test_done_before_is_skipped_and_shown_again(small: Lineage, capsys: pytest.CaptureFixture[str]) -> None:
-    finished = small.report.manifest()
+    finished = small.report().manifest()
     assert build_report(small).manifest() == finished
     said = capsys.readouterr().out
     assert "done before, skipped" in said
@@ -386,7 +386,7 @@ def test_missing_parents_name_the_command(tmp_path: Path) -> None:
     write_evaluation(line, STEP, 100)
     with pytest.raises(UserError, match="run `distill rationales` first"):
         build_report(line)
-    assert not line.report.done()
+    assert not line.report().done()
 
 
 def test_predictions_on_other_rows_are_refused(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_predictions_on_other_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_plain_json(small: Lineage) -> None:
-    json.loads(Path(small.report.path("manifest.json")).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    json.loads(Path(small.report().path("manifest.json")).read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize(

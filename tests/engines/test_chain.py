@@ -79,9 +79,9 @@ def test_every_test_row_is_predicted_once(line: Lineage) -> None:
 
 
 def test_a_second_run_skips_everything(line: Lineage, capsys: pytest.CaptureFixture[str]) -> None:
-    finished = line.report.manifest()["finished"]
+    finished = line.report().manifest()["finished"]
     run_chain(line)
-    assert line.report.manifest()["finished"] == finished
+    assert line.report().manifest()["finished"] == finished
     assert "STAGE" not in capsys.readouterr().out
 
 
@@ -92,6 +92,6 @@ def test_stages_without_their_parents_say_which_command_makes_them(line: Lineage
 
 
 def test_report_stands_by_itself(line: Lineage) -> None:
-    html = Path(line.report.path("report.html")).read_text()
+    html = Path(line.report().path("report.html")).read_text()
     assert "step_by_step" in html
     assert 'src="http' not in html

@@ -72,7 +72,7 @@ def rows_of(labels: list[Any], count: int = 200) -> list[Row]:
 def accepted(project: Project) -> tuple[Task, list[Row]]:
     """The task and the examples of a project's file, which is read as a run reads it."""
     line = Lineage(load_recipe(project.recipe))
-    assert line.report.key  # every file and setting that any stage asks for is there
+    assert line.report().key  # every file and setting that any stage asks for is there
     files = line.recipe.source.files()
     return line.task, [row for split, path in files.items() for row in read_examples(line.task, path, split)]
 
