@@ -41,7 +41,7 @@ from pipelines.schema import SPLITS, Reason
 
 TEMPLATE = "report.html.j2"
 CSV_COLUMNS = [
-    *"kind arm labels fraction seed examples rationales split rows accuracy low high".split(),
+    *"kind arm labels fraction alpha model seed examples rationales split rows accuracy low high".split(),
     *"validation_accuracy best_step parameters seconds train_seconds uri".split(),
 ]
 
