@@ -1,14 +1,15 @@
 """STAGE 4 `distill evaluate`: a split through the students with Ray Data → predictions and metrics.
 
-Writes `predictions/*.parquet` (see `schema.PREDICTIONS`); accuracy with its bootstrap interval is in the
-manifest.
+Writes `predictions/*.parquet` (see `schema.PREDICTIONS`); accuracy with its bootstrap interval, F1, calibration,
+coverage, and how long one answer takes are in the manifest.
 """
 
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +19,17 @@ from pipelines.comparison import bootstrap
 from pipelines.console import say
 from pipelines.errors import UserError
 from pipelines.lineage import MODEL, Lineage
+from pipelines.metrics import calibrate, classify, cover
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Run
 from pipelines.schema import PREDICTIONS
+from pipelines.tasks import Task
 
 if TYPE_CHECKING:
     from pipelines.predictor import Predictor
+
+
+_TIMED = 20  # rows whose answers are timed, one at a time
 
 
 def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> list[Artifact]:
@@ -43,16 +49,16 @@ def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -
     start = time.time()
     if next(dataset.iter_rows(settings.split), None) is None:
         raise UserError(f"{dataset.uri}: the {settings.split} split is empty; give source.{settings.split}")
-    right: dict[Run, list[bool]] = {run: [] for run, _ in todo}
+    answers: dict[Run, _Answers] = {run: _Answers() for run, _ in todo}
     with ray_session(), ExitStack() as stack:
         writers = {run.name: (run, stack.enter_context(a.writer("predictions", PREDICTIONS))) for run, a in todo}
         for batch in _predictions(line, dataset, {run.name: line.student(run) for run, _ in todo}):
             for row in batch.to_pylist():
                 run, writer = writers[row.pop("run")]
+                answers[run].add(row)
                 writer.add(row)
-                right[run].append(row["correct"])
     for run, artifact in todo:
-        metrics = _metrics(right[run], settings.resamples)
+        metrics = answers[run].metrics(line.task, settings.resamples)
         parents = [line.student(run), dataset]
         artifact.finish(line.snapshot(), parents, start, run=run.model_dump(), split=settings.split, metrics=metrics)
         say(
@@ -80,9 +86,38 @@ def _predictions(line: Lineage, dataset: Artifact, students: dict[str, Artifact]
     yield from scored.iter_batches(batch_format="pyarrow", batch_size=None)
 
 
-def _metrics(right: list[bool], resamples: int) -> dict[str, float]:
-    mean, low, high = bootstrap([np.array([right])], resamples)
-    return {"accuracy": mean, "low": low, "high": high, "rows": len(right)}
+@dataclass
+class _Answers:
+    """What the metrics of one student are computed from; of each row no more than that."""
+
+    correct: list[bool] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    gold: list[str] = field(default_factory=list)
+    predicted: list[str | None] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)  # of single answers
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.correct.append(row["correct"])
+        self.confidence.append(row["confidence"])
+        self.gold.append(row["label"])
+        self.predicted.append(row["prediction"])
+        if (took := row.pop("milliseconds")) is not None:
+            self.milliseconds.append(took)
+
+    def metrics(self, task: Task, resamples: int) -> dict[str, Any]:
+        mean, low, high = bootstrap([np.array([self.correct])], resamples)
+        closed = task.answer.kind == "choice"
+        return {
+            "accuracy": mean,
+            "low": low,
+            "high": high,
+            "rows": len(self.correct),
+            "invalid": self.predicted.count(None),
+            **(classify(self.gold, self.predicted, task.answer.labels) if closed else {}),
+            **calibrate(self.correct, self.confidence),
+            "coverage": cover(self.correct, self.confidence),
+            "milliseconds": float(np.median(self.milliseconds)),
+        }
 
 
 class _Scorer:
@@ -90,9 +125,11 @@ class _Scorer:
 
     def __init__(self, students: dict[str, Artifact]) -> None:
         self.predictors = {name: open_student(student) for name, student in students.items()}
+        self.timed = False
 
     def __call__(self, table: pa.Table) -> pa.Table:
         parts = [self._score(name, predictor, table) for name, predictor in self.predictors.items()]
+        self.timed = True
         return pa.concat_tables(parts)
 
     def _score(self, name: str, predictor: "Predictor", table: pa.Table) -> pa.Table:
@@ -106,7 +143,18 @@ class _Scorer:
             "correct": same,
         }
         scored = pa.table(columns).cast(PREDICTIONS)
-        return scored.append_column("run", pa.array([name] * len(table)))
+        took = [] if self.timed else self._time(predictor, table.slice(0, _TIMED + 1))
+        times = pa.array([*took, *[None] * (len(table) - len(took))], pa.float64())
+        return scored.append_column("milliseconds", times).append_column("run", pa.array([name] * len(table)))
+
+    def _time(self, predictor: "Predictor", table: pa.Table) -> list[float]:
+        """How long answers to one input at a time take; the first is no measure."""
+        took = []
+        for row in table.to_pylist():
+            start = time.perf_counter()
+            predictor.predict([row["input"]], [row["choices"]])
+            took.append(1000 * (time.perf_counter() - start))
+        return took[1:] or took
 
 
 def open_student(student: Artifact) -> "Predictor":

@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.artifact import Artifact
-from pipelines.asha import AshaByGroup
 from pipelines.console import say, show_table
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate_students
@@ -147,6 +146,8 @@ def _trial(config: dict[str, Any], line: Lineage, messages: Any) -> dict[str, An
 
 
 def _scheduler(line: Lineage) -> Any:
+    from pipelines.asha import AshaByGroup  # it imports Ray, which reads the environment that `ray_session` sets
+
     search, student = line.recipe.search, line.recipe.student
     if not search.stop_early:
         return None

@@ -9,8 +9,6 @@ from pydantic import ValidationError
 
 from pipelines.recipe import Run, Search, load_recipe
 
-pytestmark = pytest.mark.slow  # search imports Ray
-
 
 def trial(accuracy: float | None, state: str = "done", **run: Any) -> dict[str, Any]:
     return {"run": Run.model_validate({"arm": "step_by_step", **run}), "accuracy": accuracy, "state": state}
@@ -125,6 +123,7 @@ def test_a_runs_own_alpha_and_model_make_the_student_that_the_recipe_would(tmp_p
 # early stopping
 
 
+@pytest.mark.slow  # it imports Ray
 def test_asha_compares_within_a_group_alone() -> None:
     from ray.tune.schedulers import TrialScheduler
 
