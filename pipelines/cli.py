@@ -223,18 +223,36 @@ def report(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = Fa
 @app.command()
 def predict(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="The directory of a trained student.")],
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Inputs as the student reads them.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT|FILE...", help="Inputs as the student reads them, or files with the task's columns."
+        ),
+    ],
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Where predictions of files go; by default FILE.predictions.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Label inputs with a trained student: no teacher, no rationale."""
+    """Label inputs with a trained student: no teacher, no rationale.
+
+    Files (.csv, .tsv, .json, .jsonl, .parquet) of any size become a folder of Parquet parts with their own columns,
+    predicted_label and confidence. Stopped and run again, it goes on where it was.
+    """
     _quiet(json_)
+    from pipelines.predict import ENDINGS, predict_files
     from pipelines.predictor import Predictor
 
-    made = Predictor.open(student).predict(inputs)
-    for text, prediction in zip(inputs, made, strict=True):
+    if all(text.lower().endswith(ENDINGS) for text in inputs):
+        made = predict_files(student, inputs, out)
+        if json_:
+            _print_json({"files": made})
+        return
+    predictions = Predictor.open(student).predict(inputs)
+    for text, prediction in zip(inputs, predictions, strict=True):
         say(f"{prediction.label}\t{prediction.confidence:.3f}\t{text}")
     if json_:
-        _print_json({"predictions": [{"label": p.label, "confidence": p.confidence} for p in made]})
+        _print_json({"predictions": [{"label": p.label, "confidence": p.confidence} for p in predictions]})
 
 
 @app.command()
