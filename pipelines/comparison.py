@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from pipelines.recipe import Arm, LabelSource, Run
 Outcomes = np.ndarray[Any, Any]  # [students, rows] or [rows]; 1 right, 0 wrong, differences in between
 Effect = Literal["helped", "hurt", "undecided", "untested"]
 
+_CONTROL: Arm = "shuffled_rationale"
 _BLOCK = 4_000_000  # numbers drawn at once by the bootstrap: 32 MB
 
 
@@ -39,6 +40,24 @@ class Score:
     rationales: int  # how many of them came with a rationale
 
 
+class Point(NamedTuple):
+    """What students have in common that differ by their seed alone."""
+
+    labels: LabelSource
+    fraction: float
+    model: str | None  # None: the recipe's
+    arm: Arm
+    alpha: float | None  # None: the recipe's, or the arm has none
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        return cls(run.labels, run.fraction, run.model, run.arm, run.alpha)
+
+    def under(self, arm: Arm) -> Self:
+        """The point beside it that has no alpha of its own."""
+        return self._replace(arm=arm, alpha=None)
+
+
 @dataclass(frozen=True)
 class Cell:
     """The students that differ by their seed alone."""
@@ -46,11 +65,13 @@ class Cell:
     arm: Arm
     labels: LabelSource
     fraction: float
+    alpha: float | None
+    model: str | None
     examples: int
     rationales: int  # mean over seeds, rounded: another seed draws other rows
     seeds: tuple[int, ...]
     accuracy: Interval
-    gain: Interval | None  # over standard with the same labels, fraction and seeds; None where there is none
+    gain: Interval | None  # over standard with the same labels, fraction, model and seeds; None where there is none
 
 
 @dataclass(frozen=True)
@@ -64,25 +85,19 @@ class Verdict:
 
 
 def summarise(scores: Sequence[Score], resamples: int) -> list[Cell]:
-    """Students grouped by arm, labels and fraction; ordered by labels, fraction, arm.
-
-    One seed keeps the interval that was measured at its evaluation, so that no number stands twice with
-    different ends; more seeds get the interval of `bootstrap`.
-    """
-    groups = _by_cell(scores)
+    """Students that differ by their seed alone, as one; ordered by labels, fraction, model, arm."""
+    groups = _by_point(scores)
     cells = []
-    for (labels, fraction, arm), group in groups.items():
-        partner = [] if arm == "standard" else groups.get((labels, fraction, "standard"), [])
+    for point, group in groups.items():
+        partner = [] if point.arm == "standard" else groups.get(point.under("standard"), [])
         paired = _paired(group, partner)
         cells.append(
             Cell(
-                arm=arm,
-                labels=labels,
-                fraction=fraction,
+                **point._asdict(),
                 examples=round(float(np.mean([s.examples for s in group]))),
                 rationales=round(float(np.mean([s.rationales for s in group]))),
                 seeds=tuple(s.run.seed for s in group),
-                accuracy=group[0].accuracy if len(group) == 1 else bootstrap([_outcomes(group)], resamples),
+                accuracy=_accuracy(group, resamples),
                 gain=None if paired is None else bootstrap([paired], resamples),
             )
         )
@@ -95,13 +110,13 @@ def judge_rationales(scores: Sequence[Score], resamples: int) -> Verdict:
     The effect is read from one number, the mean of all paired differences: of many intervals looked at one
     by one, some exclude zero by luck.
     """
-    groups = _by_cell(scores)
+    groups = _by_point(scores)
     pairs = {}
-    for labels, fraction, arm in groups:
-        if arm == "step_by_step":
-            paired = _paired(groups[labels, fraction, arm], groups.get((labels, fraction, "standard"), []))
+    for point, group in groups.items():
+        if point.arm == "step_by_step":
+            paired = _paired(group, groups.get(point.under("standard"), []))
             if paired is not None:
-                pairs[labels, fraction] = paired
+                pairs[point] = paired
     if not pairs:
         return Verdict(
             "untested",
@@ -113,9 +128,8 @@ def judge_rationales(scores: Sequence[Score], resamples: int) -> Verdict:
     difference = bootstrap(list(pairs.values()), resamples)
     effect = effect_of(difference)
     if len(pairs) == 1:
-        labels, fraction = next(iter(pairs))
-        amount = groups[labels, fraction, "step_by_step"][0].examples
-        where = f"with {amount:,} {labels} labels"
+        point = next(iter(pairs))
+        where = f"with {groups[point][0].examples:,} {point.labels} labels"
     else:
         where = f"averaged over {len(pairs)} amounts and kinds of labels"
     opening = {
@@ -131,26 +145,93 @@ def judge_rationales(scores: Sequence[Score], resamples: int) -> Verdict:
 
 def judge_labels(scores: Sequence[Score], resamples: int) -> list[str]:
     """One sentence an arm that learnt from both kinds of labels: the most teacher labels against the most gold."""
-    groups = _by_cell(scores)
+    groups = _by_point(scores)
     sentences = []
-    for arm in dict.fromkeys(arm for _, _, arm in groups):
-        most = {
-            source: max((f for s, f, a in groups if (s, a) == (source, arm)), default=None)
+    for model, arm in dict.fromkeys((point.model, point.arm) for point in groups):
+        gold, teacher = (
+            max((p for p in groups if (p.labels, p.model, p.arm) == (source, model, arm)), default=None, key=_fraction)
             for source in ("gold", "teacher")
-        }
-        if most["gold"] is None or most["teacher"] is None:
+        )
+        if gold is None or teacher is None:
             continue
-        gold, teacher = groups["gold", most["gold"], arm], groups["teacher", most["teacher"], arm]
-        paired = _paired(teacher, gold)
+        paired = _paired(groups[teacher], groups[gold])
         if paired is None:
             continue
         difference = bootstrap([paired], resamples)
         outcome = {"helped": ": teacher labels did better", "hurt": ": gold labels did better"}.get(
             effect_of(difference), ", which can't be told apart from zero"
         )
-        apart = _apart(difference, f"what it reaches with {gold[0].examples:,} gold labels")
-        sentences.append(f"With {teacher[0].examples:,} teacher labels {arm} is {apart}{outcome}.")
+        apart = _apart(difference, f"what it reaches with {groups[gold][0].examples:,} gold labels")
+        sentences.append(f"With {groups[teacher][0].examples:,} teacher labels {arm} is {apart}{outcome}.")
     return sentences
+
+
+def judge_amount(scores: Sequence[Score], resamples: int) -> list[str]:
+    """One sentence a kind of labels and model: the least labels with which step_by_step is as right as standard with
+    most. As the paper puts it, but for the interval."""
+    groups = _by_point(scores)
+    sentences = []
+    for labels, model in dict.fromkeys((point.labels, point.model) for point in groups):
+        alike = [p for p in groups if (p.labels, p.model) == (labels, model)]
+        most = max((p for p in alike if p.arm == "standard"), default=None, key=_fraction)
+        ours = sorted((p for p in alike if p.arm == "step_by_step"), key=_fraction)
+        if most is None or len(ours) < 2:
+            continue
+        bar = _accuracy(groups[most], resamples)
+        whole = f"all {groups[most][0].examples:,} {labels} labels ({percent(bar.mean)} %)"
+        meets = next((p for p in ours if _accuracy(groups[p], resamples).mean >= bar.mean), None)
+        if meets is None:
+            sentences.append(f"At no amount tried does step_by_step reach what standard does with {whole}.")
+            continue
+        sentence = (
+            f"step_by_step reaches what standard does with {whole} from {groups[meets][0].examples:,} labels on, "
+            f"{100 * meets.fraction:.4g} % of them"
+        )
+        paired = _paired(groups[meets], groups[most])
+        if paired is not None:
+            sentence += f": there it is {_apart(bootstrap([paired], resamples), 'that')}"
+        sentences.append(sentence + ".")
+    return sentences
+
+
+def judge_control(scores: Sequence[Score], resamples: int) -> str:
+    """Whether it is what rationales mean that helps, or only that there are more tokens to write; empty if untested."""
+    groups = _by_point(scores)
+    pairs = []
+    for point, group in groups.items():
+        if point.arm == "step_by_step":
+            shuffled = [p for p in groups if p.under("standard") == point.under("standard") and p.arm == _CONTROL]
+            pairs += [pair for p in shuffled if (pair := _paired(group, groups[p])) is not None]
+    if not pairs:
+        return ""
+    difference = bootstrap(pairs, resamples)
+    outcome = {
+        "helped": "so what the rationales say matters",
+        "hurt": "so what the rationales say does not help here",
+        "undecided": "which can't be told apart from zero, so a gain may be owed to the second task alone",
+    }[effect_of(difference)]
+    return f"step_by_step is {_apart(difference, 'the control, whose rationales are shuffled')}, {outcome}."
+
+
+def judge_size(sizes: dict[str, tuple[int, Interval, int]], teacher: Interval) -> str:
+    """The smallest student that is righter than its teacher, and the least labels it takes.
+
+    Args:
+        sizes: student → its parameters, its accuracy, the labels it learnt from.
+        teacher: its accuracy on the same rows.
+    """
+    better = [
+        (parameters, examples, name)
+        for name, (parameters, accuracy, examples) in sizes.items()
+        if accuracy.mean > teacher.mean
+    ]
+    if not better:
+        return f"No student is righter than the teacher ({percent(teacher.mean)} %)."
+    parameters, examples, name = min(better)
+    return (
+        f"The smallest student that is righter than the teacher ({percent(teacher.mean)} %) is {name}, with "
+        f"{parameters:,} parameters and {examples:,} labels: {percent(sizes[name][1].mean)} %."
+    )
 
 
 def compare_to_teacher(best: Score, teacher: Interval) -> str:
@@ -220,15 +301,25 @@ def signed(share: float) -> str:
     return "0.0" if text[1:] == "0.0" else text
 
 
-def _by_cell(scores: Sequence[Score]) -> dict[tuple[LabelSource, float, Arm], list[Score]]:
-    """(labels, fraction, arm) → its students by seed; gold first, small first, arms in their order."""
-
-    def cell(score: Score) -> tuple[LabelSource, float, Arm]:
-        return score.run.labels, score.run.fraction, score.run.arm
-
+def _by_point(scores: Sequence[Score]) -> dict[Point, list[Score]]:
+    """Students by what they have in common, in the order of their seeds; gold first, small first, arms in order."""
     arms = get_args(Arm)
-    ordered = sorted(scores, key=lambda s: (s.run.labels, s.run.fraction, arms.index(s.run.arm), s.run.seed))
-    return {key: list(group) for key, group in itertools.groupby(ordered, cell)}
+
+    def place(score: Score) -> tuple[object, ...]:
+        point = Point.of(score.run)
+        return point.labels, point.fraction, point.model or "", arms.index(point.arm), point.alpha or 0.0
+
+    ordered = sorted(scores, key=lambda score: (place(score), score.run.seed))
+    return {point: list(group) for point, group in itertools.groupby(ordered, lambda score: Point.of(score.run))}
+
+
+def _fraction(point: Point) -> float:
+    return point.fraction
+
+
+def _accuracy(group: Sequence[Score], resamples: int) -> Interval:
+    """Of one seed as it was measured at its evaluation, so that no number stands twice with different ends."""
+    return group[0].accuracy if len(group) == 1 else bootstrap([_outcomes(group)], resamples)
 
 
 def _outcomes(group: Sequence[Score]) -> Outcomes:

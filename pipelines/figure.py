@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -79,6 +80,33 @@ def draw(cells: Sequence[Cell], teacher: Interval | None, split: str, size: tupl
         labelcolor=_INK,
         fontsize=9.5,
     )
+    return figure
+
+
+def draw_confidence(metrics: dict[str, Any]) -> Figure:
+    """Two panels of one student: how right it is when how sure, and how right it would be if it abstained when unsure.
+
+    Args:
+        metrics: `bins` and `coverage` as `metrics.calibrate` and `metrics.cover` make them.
+    """
+    with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK}):
+        figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+        sure, covered = figure.subplots(1, 2)
+    sure.plot([0, 100], [0, 100], color=_INK, linewidth=1, linestyle=":")
+    confidence = [100 * b["confidence"] for b in metrics["bins"]]
+    sizes = [12 + 160 * b["rows"] / metrics["rows"] for b in metrics["bins"]]
+    sure.scatter(confidence, [100 * b["accuracy"] for b in metrics["bins"]], s=sizes, color=_COLOURS["step_by_step"])
+    sure.set(xlabel="how sure it is, %", ylabel="how often right, %", xlim=(0, 102), ylim=(0, 102))
+    share = [100 * point["coverage"] for point in metrics["coverage"]]
+    right = [100 * point["accuracy"] for point in metrics["coverage"]]
+    covered.plot(share, right, color=_COLOURS["step_by_step"], linewidth=1.8)
+    covered.set(xlabel="rows answered, the surest, %", ylabel="right among them, %", xlim=(0, 102), ylim=(0, 102))
+    for axes in (sure, covered):
+        axes.grid(color=_INK, alpha=0.25, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_INK)
+        axes.xaxis.label.set_color(_INK)
+        axes.yaxis.label.set_color(_INK)
     return figure
 
 

@@ -19,6 +19,7 @@ import jinja2
 import yaml
 
 from pipelines.artifact import Artifact
+from pipelines.browse import disputed, rejects
 from pipelines.comparison import (
     Cell,
     Interval,
@@ -26,15 +27,18 @@ from pipelines.comparison import (
     Verdict,
     compare_to_teacher,
     effect_of,
+    judge_amount,
+    judge_control,
     judge_labels,
     judge_rationales,
+    judge_size,
     percent,
     signed,
     summarise,
     wilson,
 )
 from pipelines.console import say, show_table
-from pipelines.figure import SIZES, draw, inline, png, svg
+from pipelines.figure import SIZES, draw, draw_confidence, inline, png, svg
 from pipelines.lineage import MODEL, Lineage
 from pipelines.recipe import Run
 from pipelines.schema import SPLITS, Reason
@@ -42,8 +46,9 @@ from pipelines.schema import SPLITS, Reason
 TEMPLATE = "report.html.j2"
 CSV_COLUMNS = [
     *"kind arm labels fraction alpha model seed examples rationales split rows accuracy low high".split(),
-    *"validation_accuracy best_step parameters seconds train_seconds uri".split(),
+    *"macro_f1 ece invalid milliseconds validation_accuracy best_step parameters seconds train_seconds uri".split(),
 ]
+_MEASURED = ("rows", "accuracy", "low", "high", "macro_f1", "ece", "invalid", "milliseconds")
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Findings:
     verdict: Verdict
     teacher: Interval | None  # None: it was not asked for this split
     teacher_rows: int
+    sentences: list[str]  # what else is to be said
 
     @property
     def rows(self) -> int:
@@ -95,12 +101,14 @@ def build_report(line: Lineage, force: bool = False, runs: Sequence[Run] | None 
         start = time.time()
         found = _find(line, runs)
         split = found.best.evaluated["split"]
-        figures = {name: draw(found.cells, found.teacher, split, size) for name, size in SIZES.items()}
+        figures = {f"accuracy_{name}": draw(found.cells, found.teacher, split, size) for name, size in SIZES.items()}
+        figures["confidence"] = draw_confidence(found.best.evaluated["metrics"])
         svgs = {name: svg(figure, salt=name) for name, figure in figures.items()}
         _write(artifact, "report.html", _page(line, parents, found, svgs).encode())
         _write(artifact, "results.csv", _csv(line, found).encode())
-        _write(artifact, "accuracy.svg", svgs["wide"].encode())
-        _write(artifact, "accuracy.png", png(figures["wide"]))
+        for file, figure in {"accuracy": "accuracy_wide", "confidence": "confidence"}.items():
+            _write(artifact, f"{file}.svg", svgs[figure].encode())
+            _write(artifact, f"{file}.png", png(figures[figure]))
         artifact.finish(line.snapshot(), parents, start, **_facts(line, found))
     _show(artifact)
     return artifact
@@ -110,14 +118,23 @@ def _find(line: Lineage, runs: Sequence[Run]) -> Findings:
     students = _read_students(line, runs)
     scores = [student.score for student in students]
     resamples = line.recipe.evaluate.resamples
-    teacher = line.rationales.manifest()["teacher_accuracy"].get(line.recipe.evaluate.split)
+    told = line.rationales.manifest()["teacher_accuracy"].get(line.recipe.evaluate.split)
+    teacher = wilson(told["accuracy"], told["rows"]) if told else None
+    sizes = {s.score.run.name: (s.trained["parameters"], s.score.accuracy, s.score.examples) for s in students}
+    sentences = [
+        *judge_amount(scores, resamples),
+        judge_control(scores, resamples),
+        *judge_labels(scores, resamples),
+        judge_size(sizes, teacher) if teacher else "",
+    ]
     return Findings(
         students=students,
         best=max(students, key=lambda student: student.validation),
         cells=summarise(scores, resamples),
         verdict=judge_rationales(scores, resamples),
-        teacher=wilson(teacher["accuracy"], teacher["rows"]) if teacher else None,
-        teacher_rows=teacher["rows"] if teacher else 0,
+        teacher=teacher,
+        teacher_rows=told["rows"] if told else 0,
+        sentences=[sentence for sentence in sentences if sentence],
     )
 
 
@@ -165,7 +182,7 @@ def _csv(line: Lineage, found: Findings) -> str:
                 "examples": trained["rows"],
                 "rationales": trained["rationales"],
                 "split": split,
-                **{name: student.evaluated["metrics"][name] for name in ("rows", "accuracy", "low", "high")},
+                **{name: student.evaluated["metrics"].get(name) for name in _MEASURED},
                 "validation_accuracy": student.validation,
                 "best_step": trained["best"]["step"],
                 **{name: trained[name] for name in ("parameters", "seconds", "train_seconds")},
@@ -179,6 +196,30 @@ def _csv(line: Lineage, found: Findings) -> str:
     return buffer.getvalue()
 
 
+def _trials(line: Lineage) -> list[dict[str, Any]]:
+    """What a finished search tried, by alpha: of each point and alpha the mean validation accuracy over seeds."""
+    if not line.search.done():
+        return []
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for trial in line.search.read_table("trials").to_pylist():
+        if trial["alpha"] is not None and trial["accuracy"] is not None:
+            point = (trial["arm"], trial["labels"], trial["fraction"], trial["model"], trial["alpha"])
+            groups.setdefault(point, []).append(trial)
+    return [
+        {
+            "arm": arm,
+            "labels": labels,
+            "fraction": fraction,
+            "alpha": alpha,
+            "accuracy": sum(trial["accuracy"] for trial in group) / len(group),
+            "students": len(group),
+            "stopped": sum(trial["state"] == "stopped" for trial in group),
+            "chosen": group[0]["chosen"],
+        }
+        for (arm, labels, fraction, _, alpha), group in groups.items()
+    ]
+
+
 def _page(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dict[str, str]) -> str:
     groups: dict[tuple[str, float, int], list[Cell]] = {}
     for cell in found.cells:
@@ -188,15 +229,19 @@ def _page(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dict
     versions: dict[str, set[str]] = {}
     for package, version in (pair for manifest in every for pair in manifest["versions"].items()):
         versions.setdefault(package, set()).add(version)
-    label = f"Accuracy against labelled examples. {found.verdict.sentence}"
+    labels = dict.fromkeys(svgs, f"Accuracy against labelled examples. {found.verdict.sentence}")
+    labels["confidence"] = "How far the chosen student's confidence can be trusted"
     return _template().render(
         recipe=line.recipe,
         task=line.task,
         found=found,
         groups=groups,
         compared=compare_to_teacher(found.best.score, found.teacher) if found.teacher else "",
-        label_findings=judge_labels([s.score for s in found.students], line.recipe.evaluate.resamples),
-        figures={name: inline(drawn, label) for name, drawn in svgs.items()},
+        figures={name: inline(drawn, labels[name]) for name, drawn in svgs.items()},
+        rejected=rejects(line.rationales),
+        disputed=disputed(line, [student.score.run for student in found.students]),
+        reads_of_test=line.reads_of_test(),
+        trials=_trials(line),
         manifests=manifests,
         splits=[split for split in SPLITS if split in manifests["rationales"]["funnel"]],
         reasons=[r for r in Reason if any(r in count for count in manifests["rationales"]["funnel"].values())],

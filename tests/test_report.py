@@ -18,6 +18,7 @@ import pytest
 from pipelines.artifact import Artifact
 from pipelines.errors import UserError
 from pipelines.lineage import Lineage
+from pipelines.metrics import calibrate, classify, cover
 from pipelines.recipe import Recipe, Run
 from pipelines.report import CSV_COLUMNS, build_report, duration
 from pipelines.schema import PREDICTIONS, Reason
@@ -97,14 +98,25 @@ def write_evaluation(line: Lineage, run: Run, right: int, rows: int = ROWS) -> N
     artifact.begin(force=True)
     order = np.random.default_rng(run.seed).permutation(rows)  # replicas write rows in any order
     table = [
-        {"row_id": f"{row:05d}", "input": "a", "label": "refund", "prediction": "refund", "correct": bool(row < right)}
+        {
+            **{"row_id": f"{row:05d}", "input": f"message {row}", "label": "refund", "confidence": 0.75},
+            **{"prediction": "refund" if row < right else "decline", "correct": bool(row < right)},
+        }
         for row in order
     ]
     half = rows // 2
     artifact.write_table("predictions/0", pa.Table.from_pylist(table[:half], schema=PREDICTIONS))
     artifact.write_table("predictions/1", pa.Table.from_pylist(table[half:], schema=PREDICTIONS))
     accuracy = right / rows
-    metrics = {"accuracy": accuracy, "low": accuracy - 0.06, "high": accuracy + 0.05, "rows": rows}
+    outcomes = [bool(row < right) for row in order]
+    sure = [0.9 if correct else 0.6 for correct in outcomes]
+    metrics = {
+        **{"accuracy": accuracy, "low": accuracy - 0.06, "high": accuracy + 0.05, "rows": rows},
+        **{"invalid": 0, "milliseconds": 12.5, "coverage": cover(outcomes, sure), **calibrate(outcomes, sure)},
+        **classify(
+            ["refund"] * rows, ["refund" if correct else "decline" for correct in outcomes], ["refund", "decline"]
+        ),
+    }
     artifact.finish(
         line.snapshot(), [], time.time(), run=run.model_dump(), split=line.recipe.evaluate.split, metrics=metrics
     )
@@ -234,7 +246,7 @@ def test_the_page_fetches_nothing(small: Lineage) -> None:
     assert "@import" not in page
     assert re.findall(r"url\((?!#)[^)]*\)", page) == []
     assert re.findall(r"https?://[^\"' )]+", page) == []
-    assert page.count("<svg") == 2  # one drawn for desks, one for phones
+    assert page.count("<svg") == 3  # one drawn for desks, one for phones
     assert "prefers-color-scheme: dark" in page
 
 
