@@ -20,28 +20,21 @@ import yaml
 
 from pipelines.artifact import Artifact
 from pipelines.browse import disputed, rejects
-from pipelines.comparison import (
-    Cell,
-    Interval,
-    Score,
-    Verdict,
-    compare_to_teacher,
-    effect_of,
-    judge_amount,
-    judge_control,
-    judge_labels,
-    judge_rationales,
-    judge_size,
-    percent,
-    signed,
-    summarise,
-    wilson,
-)
+from pipelines.comparison import Cell, Interval, Score, effect_of, percent, signed, summarise, wilson
 from pipelines.console import say, show_table
 from pipelines.figure import SIZES, draw, draw_confidence, inline, png, svg
 from pipelines.lineage import MODEL, Lineage
 from pipelines.recipe import Run
 from pipelines.schema import SPLITS, Reason
+from pipelines.verdicts import (
+    Verdict,
+    compare_to_teacher,
+    judge_amount,
+    judge_control,
+    judge_labels,
+    judge_rationales,
+    judge_size,
+)
 
 TEMPLATE = "report.html.j2"
 CSV_COLUMNS = [

@@ -8,10 +8,7 @@ from pipelines.comparison import (
     Interval,
     Score,
     bootstrap,
-    compare_to_teacher,
     effect_of,
-    judge_labels,
-    judge_rationales,
     percent,
     signed,
     summarise,
@@ -150,90 +147,6 @@ def test_gain_is_over_the_seeds_that_both_have() -> None:
     assert gain is not None
     assert gain.mean == 0.06
     assert summarise(scores[:2], RESAMPLES)[1].gain is None
-
-
-# sentences
-
-
-def test_helped() -> None:
-    verdict = judge_rationales(pair(50, 62), RESAMPLES)
-    assert verdict.effect == "helped"
-    assert verdict.sentence.startswith(
-        "Rationales helped here: with 100 gold labels, step_by_step is 12.0 points above standard (95 % interval +"
-    )
-    assert "With one seed a student" in verdict.sentence
-    assert verdict.detail == ""
-
-
-def test_hurt() -> None:
-    verdict = judge_rationales(pair(62, 50), RESAMPLES)
-    assert verdict.effect == "hurt"
-    assert verdict.sentence.startswith("Rationales hurt here: with 100 gold labels, step_by_step is 12.0 points below")
-
-
-def test_undecided() -> None:
-    verdict = judge_rationales(pair(60, 61), RESAMPLES)
-    assert verdict.effect == "undecided"
-    assert "no difference here that the interval can tell apart from zero" in verdict.sentence
-    assert "1.0 points above standard (95 % interval 0.0 to +3.0)" in verdict.sentence
-
-
-def test_no_difference_at_all_is_undecided() -> None:
-    verdict = judge_rationales(pair(60, 60), RESAMPLES)
-    assert verdict.effect == "undecided"
-    assert "level with standard (95 % interval 0.0 to 0.0)" in verdict.sentence
-
-
-def test_one_arm_is_untested() -> None:
-    verdict = judge_rationales([score(outcomes(60), arm="step_by_step")], RESAMPLES)
-    assert (verdict.effect, verdict.difference) == ("untested", None)
-    assert "not tested" in verdict.sentence
-
-
-def test_seeds_that_disagree_make_it_undecided() -> None:
-    """Each seed alone would be a clear effect."""
-    scores = pair(50, 70, seed=0) + pair(60, 50, seed=1)
-    verdict = judge_rationales(scores, RESAMPLES)
-    assert verdict.effect == "undecided"
-    assert "one seed" not in verdict.sentence
-
-
-def test_several_comparisons_are_averaged_and_told_one_by_one() -> None:
-    verdict = judge_rationales(pair(50, 70, fraction=0.5) + pair(70, 60) + pair(80, 80, labels="teacher"), RESAMPLES)
-    assert verdict.difference is not None
-    assert verdict.difference.mean == pytest.approx((0.2 - 0.1 + 0) / 3)
-    assert "averaged over 3 amounts and kinds of labels" in verdict.sentence
-    assert "helped in 1, hurt in 1 and can't be told apart from zero in 1 of 3" in verdict.detail
-
-
-def test_teacher_labels_against_gold_take_the_most_of_each() -> None:
-    scores = [
-        score(outcomes(40), 25, fraction=0.25),
-        score(outcomes(60), 100),
-        score(outcomes(75), 1500, labels="teacher"),
-        score(outcomes(70), 100, arm="step_by_step"),
-        score(outcomes(70), 1500, arm="step_by_step", labels="teacher"),
-    ]
-    better, level = judge_labels(scores, RESAMPLES)
-    assert better.startswith(
-        "With 1,500 teacher labels standard is 15.0 points above what it reaches with 100 gold labels"
-    )
-    assert better.endswith("teacher labels did better.")
-    assert "level with" in level
-    assert level.endswith("which can't be told apart from zero.")
-
-
-def test_gold_labels_alone_say_nothing_of_teacher_labels() -> None:
-    assert judge_labels(pair(50, 60), RESAMPLES) == []
-
-
-@pytest.mark.parametrize(
-    ("teacher", "words"), [(0.9, "20.0 points below the teacher's 90.0 %"), (0.7, "level with the teacher's 70.0 %")]
-)
-def test_the_chosen_student_beside_the_teacher(teacher: float, words: str) -> None:
-    sentence = compare_to_teacher(score(outcomes(70)), Interval(teacher, 0.6, 0.95))
-    assert sentence.startswith("The chosen student is right on 70.0 % (65.0 to 75.0)")
-    assert words in sentence
 
 
 # small things
