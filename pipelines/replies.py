@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from pipelines.prompts import Style, stop_strings
@@ -145,7 +146,16 @@ def _read_choice(answer: str, choices: Sequence[str]) -> str | None:
 def _leading_label(text: str, labels: Sequence[str]) -> str | None:
     """The longest label that the text begins with, as a whole word."""
     text = normalise_answer(text)
-    for label in sorted(labels, key=len, reverse=True):
-        if re.match(rf"\W*{re.escape(normalise_answer(label))}(?!\w)", text):
-            return label
+    signs = re.match(r"\W*", text)
+    begins = range(signs.end() + 1 if signs else 1)  # a label may begin with a sign itself
+    for wanted, label in _longest_first(tuple(labels)):
+        for begin in begins:
+            if text.startswith(wanted, begin) and not re.match(r"\w", text[begin + len(wanted) :][:1]):
+                return label
     return None
+
+
+@lru_cache(maxsize=1024)
+def _longest_first(labels: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Labels as they are compared and as they are spelt."""
+    return [(normalise_answer(label), label) for label in sorted(labels, key=len, reverse=True)]

@@ -31,6 +31,7 @@ LONG_INPUT = 4_000  # characters: about the 1,024 tokens that a student reads by
 FEW_ROWS = 10  # of a label; twice as many of validation
 ALIKE = 0.5  # Jaccard similarity of the words of two exemplars
 CPU_TEACHER, GPU_TEACHER = "Qwen/Qwen3-1.7B", "Qwen/Qwen3-32B"
+_CHATS = re.compile(r"(?i)instruct|chat|[-_]it\b|qwen3(?!.*base)")  # names of models that are tuned to converse
 
 Propose = Callable[[list[str]], list[str]]
 
@@ -109,6 +110,7 @@ def init_project(
     rationales = propose_rationales(task, chosen, propose) if propose else [""] * len(chosen)
     notes = [*proposal.notes, *_notes(sample, task, proposal, candidates)]
 
+    model = teacher or (GPU_TEACHER if gpus else CPU_TEACHER)
     facts = {
         "file": file,
         "task": task,
@@ -122,7 +124,8 @@ def init_project(
         "unshown": ", ".join(known for known in task.answer.labels if known not in {c.label for c in chosen}),
         "blank": candidates[0].input,
         "share": VALIDATION_SHARE,
-        "teacher": teacher or (GPU_TEACHER if gpus else CPU_TEACHER),
+        "teacher": model,
+        "chats": bool(_CHATS.search(model)),
         "trial": not (teacher or gpus),
         "gpus": gpus,
     }

@@ -239,16 +239,9 @@ def test_killed_at_any_moment_it_takes_the_very_steps_of_an_unkilled_run(
     run.process.kill()  # the driver
     run.end()
     assert run.reached() < 200
-    with pytest.raises(UserError, match=r"written under ZeRO 2; go on with student\.zero_stage=2"):
-        place.train(*SLOW, "student.zero_stage=1")
-    run = start()
-    run.wait_for(5)
-    run.kill("raylet")  # the node
-    assert run.end() != 0
-    assert run.reached() < 200
     run = start()
     assert run.end() == 0, run.log.read_text()
-    assert run.log.read_text().count("goes on from the checkpoint of step") >= 3
+    assert run.log.read_text().count("goes on from the checkpoint of step") == 2
     unkilled = Place(dataset, tmp_path / "unkilled").train(*SLOW)
     assert [row["step"] for row in losses(run.line)] == list(range(1, 201))
     assert losses(run.line) == losses(unkilled), "to the last digit"
@@ -263,11 +256,12 @@ def test_another_number_of_workers_goes_on_with_the_same_losses(
 ) -> None:
     settings = ("student.steps=100", "student.checkpoint_every=5", "student.zero_stage=2")
     running.append(Killable(place, *settings, "student.workers=2"))
-    running[0].wait_for(5)
-    running[0].process.kill()
-    running[0].end()
-    begun = running[0].reached()
-    assert begun < 100
+    running[0].wait_for(15)
+    running[0].kill("raylet")  # the node
+    assert running[0].end() != 0
+    assert running[0].reached() < 100
+    with pytest.raises(UserError, match=r"written under ZeRO 2; go on with student\.zero_stage=2"):
+        place.train(*settings, "student.zero_stage=1")
     line = place.train(*settings, "student.workers=1")
     made = [row["loss"] for row in losses(line)]
     assert made == pytest.approx(plain_losses(dataset, 100), rel=1e-2, abs=1e-3)
