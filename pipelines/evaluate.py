@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pipelines.predictor import Predictor
 
 
+_Todo = tuple[Run, Artifact]
+_HELD = 10**9  # parameters of the students that a replica holds at once
 _TIMED = 20  # rows whose answers are timed, one at a time
 
 
@@ -49,15 +51,24 @@ def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -
     start = time.time()
     if next(dataset.iter_rows(settings.split), None) is None:
         raise UserError(f"{dataset.uri}: the {settings.split} split is empty; give source.{settings.split}")
-    answers: dict[Run, _Answers] = {run: _Answers() for run, _ in todo}
-    with ray_session(), ExitStack() as stack:
-        writers = {run.name: (run, stack.enter_context(a.writer("predictions", PREDICTIONS))) for run, a in todo}
-        for batch in _predictions(line, dataset, {run.name: line.student(run) for run, _ in todo}):
+    with ray_session():
+        for group in _together(line, todo):
+            _evaluate(line, dataset, group, start)
+    return artifacts
+
+
+def _evaluate(line: Lineage, dataset: Artifact, group: Sequence[_Todo], start: float) -> None:
+    """Score students in one pass over the split."""
+    settings = line.recipe.evaluate
+    answers: dict[Run, _Answers] = {run: _Answers() for run, _ in group}
+    with ExitStack() as stack:
+        writers = {run.name: (run, stack.enter_context(a.writer("predictions", PREDICTIONS))) for run, a in group}
+        for batch in _predictions(line, dataset, {run.name: line.student(run) for run, _ in group}):
             for row in batch.to_pylist():
                 run, writer = writers[row.pop("run")]
                 answers[run].add(row)
                 writer.add(row)
-    for run, artifact in todo:
+    for run, artifact in group:
         metrics = answers[run].metrics(line.task, settings.resamples)
         parents = [line.student(run), dataset]
         artifact.finish(line.snapshot(), parents, start, run=run.model_dump(), split=settings.split, metrics=metrics)
@@ -65,7 +76,20 @@ def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -
             f"  {run.name}: {settings.split} accuracy {metrics['accuracy']:.4f}"
             f" [{metrics['low']:.4f}, {metrics['high']:.4f}] on {metrics['rows']:,} rows"
         )
-    return artifacts
+
+
+def _together(line: Lineage, todo: Sequence[_Todo]) -> Iterator[list[_Todo]]:
+    """Students that a replica can hold at once."""
+    group: list[_Todo] = []
+    held = 0
+    for run, artifact in todo:
+        parameters = line.student(run).manifest()["parameters"]
+        if group and held + parameters > _HELD:
+            yield group
+            group, held = [], 0
+        group.append((run, artifact))
+        held += parameters
+    yield group
 
 
 def _predictions(line: Lineage, dataset: Artifact, students: dict[str, Artifact]) -> Iterator[pa.Table]:

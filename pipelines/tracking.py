@@ -4,6 +4,8 @@ Both are set up as their users know it: by `MLFLOW_TRACKING_URI`, `WANDB_PROJECT
 node. A run that is continued goes on in the same entry.
 """
 
+import importlib.util
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,9 +27,6 @@ class Tracker:
         settings: what the run was made with.
         names: `mlflow`, `wandb`.
         step: from which it goes on; what TensorBoard was told of later ones is void.
-
-    Raises:
-        UserError: one of them is not installed.
     """
 
     def __init__(
@@ -72,11 +71,20 @@ class Tracker:
             self._wandb.finish()
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """See that they are installed, before anything is trained.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"student.trackers: {name} is not installed; pip install 'stepdistill[{name}]'")
+
+
 def _mlflow(key: str, project: str, name: str, settings: Mapping[str, Any]) -> Any:
-    try:
-        import mlflow
-    except ImportError as error:
-        raise UserError("student.trackers: mlflow is not installed; pip install 'stepdistill[mlflow]'") from error
+    import mlflow
+
     experiment = mlflow.set_experiment(project)
     known = mlflow.MlflowClient().search_runs([experiment.experiment_id], f"tags.`{_KEY}` = '{key}'", max_results=1)
     mlflow.start_run(run_id=known[0].info.run_id if known else None, run_name=None if known else name)
@@ -87,11 +95,7 @@ def _mlflow(key: str, project: str, name: str, settings: Mapping[str, Any]) -> A
 
 
 def _wandb(key: str, project: str, name: str, settings: Mapping[str, Any]) -> Any:
-    import os
+    import wandb
 
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("student.trackers: wandb is not installed; pip install 'stepdistill[wandb]'") from error
     project = os.environ.get("WANDB_PROJECT", project)
     return wandb.init(project=project, name=name, id=key, resume="allow", config=dict(settings))

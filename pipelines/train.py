@@ -23,6 +23,7 @@ from pipelines.progress import progress_of
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Run, Student, resolve
 from pipelines.schema import LOSSES
+from pipelines.tracking import check_trackers
 
 _RAY = "ray"  # the folder of Ray Train's checkpoints
 
@@ -38,6 +39,7 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
     if next(dataset.iter_rows("validation"), None) is None:
         raise UserError(f"{dataset.uri}: no validation rows, so no checkpoint can be chosen; give source.validation")
     deepspeed_config(student, read_config(student.deepspeed) if student.deepspeed else None)
+    check_trackers(student.trackers)
     artifacts = {run: line.student(run) for run in runs}
     undone = [run for run in runs if force or not artifacts[run].done()]
     lacks = {run: _lack(run, draw_rows(dataset.iter_rows("train"), run), student.batch_size) for run in undone}

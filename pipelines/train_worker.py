@@ -71,20 +71,36 @@ class State:
 
 
 def train_worker(job: Job) -> dict[str, Any]:
-    """Train, and report to Ray Train; `refused` in what is returned is the user's mistake."""
+    """Train, and report to Ray Train; `refused` in what is returned is the user's mistake.
+
+    Ray would wrap an exception in tracebacks, and a worker that ends alone would leave the others waiting: so all of
+    them end, with the same sentence.
+    """
+    worker, problem = None, None
     try:
-        return _Worker(job).train()
-    except UserError as error:  # Ray would wrap it in tracebacks; all workers come to the same one
+        worker = _Worker(job)
+    except UserError as error:  # perhaps on this node alone
+        problem = str(error)
+    gathered: list[Any] = [None] * ray.train.get_context().get_world_size()
+    distributed.all_gather_object(gathered, problem)
+    if worker is None or any(gathered):
+        return {"refused": next(sentence for sentence in gathered if sentence)}
+    try:
+        worker.prepare()
+        return worker.train()
+    except UserError as error:  # from here on all workers come to the same one
         return {"refused": str(error)}
 
 
 class _Worker:
+    """One worker. Making it takes no other; everything after does."""
+
     def __init__(self, job: Job) -> None:
         self.job, self.run, self.student = job, job.run, job.student
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        rows = draw_rows(job.dataset.iter_rows("train"), self.run)
+        rows = self.rows = draw_rows(job.dataset.iter_rows("train"), self.run)
         self.validation = list(job.dataset.iter_rows("validation"))
         s = self.student
         self.model, self.tokenizer = load_student(
@@ -103,13 +119,20 @@ class _Worker:
             s.weigh_by_agreement,
             self.run.seed,
         )
-        self.cut = self._count_cut(rows)
         self.objective = Objective(self.model, s.alpha)
         longest = s.max_target_tokens + 64 if self.run.arm == "rationale_first" else 64
         self.predictor = Predictor(
             self.model, self.tokenizer, job.task, s.max_input_tokens, longest, self.run.arm, s.prefix
         )
         self.state = State(job.artifact.key, self.world, s.zero_stage)
+
+    def prepare(self) -> None:
+        """Look at the rows, start the engine, go on from a checkpoint if there is one.
+
+        Raises:
+            UserError: a label is too long, or the checkpoint is not this run's.
+        """
+        self.cut = self._count_cut(self.rows)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             self.engine = self._engine()

@@ -482,3 +482,13 @@ def test_too_few_rows_are_told_of() -> None:
     project = init_project(write_rows("rows.csv", rows_of(["a", "b"], 12)))
     assert any("too few to tell students apart" in note for note in project.notes)
     accepted(project)
+
+
+def test_a_model_that_converses_is_asked_in_turns() -> None:
+    file = write_rows("t.jsonl", rows_of(["a", "b"]))
+    shipped = load_recipe(init_project(file, name="one").recipe).teacher
+    assert (shipped.prompt, shipped.chat_template_args) == ("chat", {"enable_thinking": False})
+    base = load_recipe(init_project(file, name="two", teacher="meta-llama/Llama-3.1-8B").recipe).teacher
+    assert (base.prompt, base.chat_template_args) == ("completion", {})
+    tuned = load_recipe(init_project(file, name="three", teacher="google/gemma-2-9b-it").recipe).teacher
+    assert (tuned.prompt, tuned.chat_template_args) == ("chat", {})
