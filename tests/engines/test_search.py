@@ -1,91 +1,60 @@
 """A search on a real Ray Tune: killed and gone on with, one trial that fails, test read by the chosen alone."""
 
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from pipelines.lineage import Lineage
-from pipelines.recipe import load_recipe
+from pipelines.progress import progress_of
+from pipelines.recipe import Run
 from pipelines.report import build_report
-from pipelines.search import chosen_runs, search_students
+from pipelines.search import _trial, chosen_runs, search_students
 
 pytestmark = pytest.mark.ray
 
-SPACE = (
-    "[{arm: [standard, step_by_step], alpha: [0.1, 0.9], fraction: 0.5},"
-    " {arm: standard, model: 'builtin:quickstart/teacher'}]"
-)
-SETTINGS = (
-    "source.limit=64",
-    "teacher.splits=[train]",
-    "teacher.replicas=[1, 1]",
-    "student.steps=12",
-    "student.eval_every=3",
-    "student.checkpoint_every=3",
-    f"search.space={SPACE}",
-)
+SPACE = "[{arm: [standard, step_by_step], alpha: [0.1, 0.9]}, {arm: standard, model: 'builtin:quickstart/teacher'}]"
+SETTINGS = ("student.steps=12", "student.eval_every=3", "student.checkpoint_every=3", f"search.space={SPACE}")
 
 
-def line_in(storage: Path) -> Lineage:
-    return Lineage(load_recipe("quickstart", [f"storage={storage}", *SETTINGS]))
+def workers() -> list[str]:
+    """Training workers of this process's own cluster."""
+    family = psutil.Process().children(recursive=True)
+    return [process.name() for process in family if "RayTrainWorker" in process.name()]
 
 
-def command(storage: Path, name: str) -> subprocess.Popen[bytes]:
-    sets = [f"storage={storage}", *SETTINGS]
-    arguments = [sys.executable, "-m", "pipelines", name, "quickstart"]
-    with (storage / "log").open("ab") as log:
-        return subprocess.Popen(
-            [*arguments, *(part for override in sets for part in ("--set", override))],
-            stdout=log,
-            stderr=log,
-            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
-        )
-
-
-def test_a_search_is_killed_goes_on_and_chooses_on_validation(tmp_path: Path) -> None:
-    line = line_in(tmp_path)
-    for name in ("rationales", "dataset"):
-        assert command(tmp_path, name).wait(timeout=240) == 0, (tmp_path / "log").read_text()
-    process = command(tmp_path, "search")
+def test_a_search_is_killed_goes_on_and_chooses_on_validation(place: Any) -> None:
+    line: Lineage = place.line(*SETTINGS)
     points = line.recipe.search.points()
     assert len(points) == 4
+    process = place.start("search", *SETTINGS)
     deadline = time.time() + 300
     while not any(line.student(run).done() for run in points):
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.time() < deadline
+        assert process.poll() is None, place.log.read_text()
+        assert time.time() < deadline, place.log.read_text()
         time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
-    names = [orphan.name() for orphan in alive]
-    for orphan in alive:  # agents of Ray's own may
-        orphan.kill()
-    assert not any("Train" in name or "trial" in name or "raylet" in name for name in names), names
+    outlived = place.end(process, family)  # agents of Ray's own may, for a while
+    assert not any("Train" in name or "trial" in name or "raylet" in name for name in outlived), outlived
     before = {run: line.student(run).manifest()["finished"] for run in points if line.student(run).done()}
     assert before
 
     artifact = search_students(line)
     trials = {trial["name"]: trial for trial in artifact.read_table("trials").to_pylist()}
     assert len(trials) == 4
-    assert trials["standard-gold-1-teacher-seed0"]["state"] == "failed"
-    assert "must be an encoder-decoder of the T5 family" in trials["standard-gold-1-teacher-seed0"]["error"]
+    failed = trials["standard-gold-1-teacher-seed0"]
+    assert failed["state"] == "failed"
+    assert "must be an encoder-decoder of the T5 family" in failed["error"]
     for run, finished in before.items():
         assert line.student(run).manifest()["finished"] == finished, "no student is trained twice"
     chosen = chosen_runs(line)
-    assert sorted((run.arm, run.fraction) for run in chosen) == [
-        ("standard", 0.5),
-        ("step_by_step", 0.5),
-    ]
+    assert sorted(run.arm for run in chosen) == ["standard", "step_by_step"]
     for run in chosen:
-        beaten = [t for t in trials.values() if (t["arm"], t["fraction"]) == (run.arm, run.fraction) and t["accuracy"]]
+        rivals = [t["accuracy"] for t in trials.values() if t["arm"] == run.arm and t["model"] is None]
         assert line.student(run).done()
-        assert trials[run.name]["accuracy"] == max(t["accuracy"] for t in beaten if t["model"] is None)
+        assert trials[run.name]["accuracy"] == max(rivals)
     reads = artifact.manifest()["reads_of_test"]
     assert sorted(read["student"] for read in reads) == sorted(run.name for run in chosen)
 
@@ -93,4 +62,26 @@ def test_a_search_is_killed_goes_on_and_chooses_on_validation(tmp_path: Path) ->
     search_students(line)
     assert {run: line.student(run).manifest()["finished"] for run in chosen} == trained
     report = build_report(line, runs=chosen).manifest()
-    assert {cell["fraction"] for cell in report["table"]} == {0.5}
+    assert [cell["arm"] for cell in report["table"]] == ["standard", "step_by_step"]
+
+
+def test_workers_of_a_stopped_trial_end_with_it(place: Any) -> None:
+    from ray import tune
+
+    line: Lineage = place.line("student.steps=100000", "student.eval_every=2")
+    run = Run(arm="standard")
+    with progress_of(100_000) as messages:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_trial, line=line, messages=messages), {"CPU": 0.01}),
+            param_space={"run": tune.grid_search([run.model_dump()])},
+            run_config=tune.RunConfig(name="stopped", storage_path=str(place.storage), stop={"step": 4}, verbose=0),
+        )
+        (result,) = tuner.fit()
+    assert result.error is None
+    assert result.metrics is not None
+    assert 4 <= result.metrics["step"] < 100_000
+    deadline = time.time() + 20
+    while workers() and time.time() < deadline:
+        time.sleep(0.2)
+    assert not workers()
+    assert not line.student(run).done()

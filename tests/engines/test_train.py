@@ -1,97 +1,38 @@
 """Ray Train and DeepSpeed with one and two workers, from texts that are given: exact, killed, refused."""
 
 import json
-import os
-import shutil
 import struct
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-import yaml
 from tensorboardX.proto.event_pb2 import Event
 from transformers import AutoModelForSeq2SeqLM
 
 from pipelines.batches import Schedule
-from pipelines.dataset import build_dataset
 from pipelines.draw import draw_rows
 from pipelines.errors import UserError
 from pipelines.lineage import Lineage
 from pipelines.predictor import Predictor
-from pipelines.rationales import build_rationales
-from pipelines.recipe import Run, load_recipe, resolve
+from pipelines.recipe import Run, resolve
 from pipelines.student import Collator, Objective, load_student
 from pipelines.train import train_students
 
 pytestmark = pytest.mark.ray
 
-LABELS = ("bad", "good")
-DAYS = [{"text": f"Day {n} was {('grim', 'fine')[n % 2]}.", "label": LABELS[n % 2]} for n in range(32)]
-STEPS = 20
+Place = Any  # of conftest.py
+STEPS = 20  # of its recipe
 BOTH = Run(arm="step_by_step")
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a recipe that is done up to its dataset: 32 rows, of which 28 have a rationale."""
-    folder: Path = tmp_path_factory.mktemp("train")
-    rows = [{"day": row["text"], "label": row["label"]} for row in DAYS]
-    said = [{**row, "text": f"It was a {row['label']} day. So the answer is {row['label']}."} for row in rows]
-    for row in said[:4]:
-        row["text"] = "I can't tell."
-    for name, content in {"train": rows, "validation": [{**r, "day": r["day"] + " Yes."} for r in rows]}.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
-    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, said)))
-    task = {"name": "days", "input": "{day}", "answer": {"kind": "choice", "labels": list(LABELS)}}
-    (folder / "task.yaml").write_text(yaml.safe_dump(task))
-    recipe = {
-        "name": "days",
-        "storage": str(folder / "runs"),
-        "task": str(folder / "task.yaml"),
-        "source": {"root": str(folder), "train": "train.jsonl", "validation": "validation.jsonl"},
-        "teacher": {"engine": "outputs", "outputs": {"train": "texts.jsonl"}},
-        "student": {
-            "learning_rate": 1e-3,
-            "batch_size": 8,
-            "steps": STEPS,
-            "eval_every": STEPS,
-            "dropout": 0.0,
-            "precision": "fp32",
-        },
-        "runs": [{"arm": "step_by_step"}],
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    made = Lineage(load_recipe(str(folder / "recipe.yaml")))
-    build_rationales(made)
-    build_dataset(made)
-    return folder
-
-
-class Place:
-    """A copy of the dataset, to train in."""
-
-    def __init__(self, dataset: Path, folder: Path) -> None:
-        shutil.copytree(dataset / "runs", folder / "runs")
-        self.recipe, self.storage = str(dataset / "recipe.yaml"), folder / "runs"
-
-    def line(self, *overrides: str) -> Lineage:
-        return Lineage(load_recipe(self.recipe, [f"storage={self.storage}", *overrides]))
-
-    def train(self, *overrides: str) -> Lineage:
-        line = self.line(*overrides)
-        train_students(line, line.recipe.students())
-        return line
-
-
-@pytest.fixture
-def place(dataset: Path, tmp_path: Path) -> Place:
-    return Place(dataset, tmp_path)
+def train(place: Place, *overrides: str) -> Lineage:
+    line: Lineage = place.line(*overrides)
+    train_students(line, line.recipe.students())
+    return line
 
 
 def losses(line: Lineage, run: Run = BOTH) -> list[dict[str, float]]:
@@ -106,9 +47,8 @@ def student(line: Lineage) -> Any:
 # exact
 
 
-def plain_losses(dataset: Path, steps: int) -> list[float]:
+def plain_losses(line: Lineage, steps: int) -> list[float]:
     """The losses of one plain process, without Ray and DeepSpeed."""
-    line = Lineage(load_recipe(str(dataset / "recipe.yaml")))
     settings = line.recipe.student
     model, tokenizer = load_student(resolve(settings.model), dropout=0.0)
     schedule = Schedule(draw_rows(line.dataset.iter_rows("train"), BOTH), BOTH.seed, settings.batch_size)
@@ -129,16 +69,19 @@ def plain_losses(dataset: Path, steps: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def plain(dataset: Path) -> list[float]:
-    return plain_losses(dataset, STEPS)
+def plain(days: Callable[[Path], Place], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return plain_losses(days(tmp_path_factory.mktemp("plain")).line(), STEPS)
 
 
 @pytest.mark.parametrize(("zero", "workers", "accumulation"), [(0, 1, 2), (1, 2, 2), (2, 2, 1), (3, 2, 2)])
 def test_shards_workers_and_accumulation_change_no_loss(
     place: Place, plain: list[float], zero: int, workers: int, accumulation: int
 ) -> None:
-    line = place.train(
-        f"student.zero_stage={zero}", f"student.workers={workers}", f"student.gradient_accumulation={accumulation}"
+    line = train(
+        place,
+        f"student.zero_stage={zero}",
+        f"student.workers={workers}",
+        f"student.gradient_accumulation={accumulation}",
     )
     assert [row["loss"] for row in losses(line)] == pytest.approx(plain, rel=2e-3)
     assert losses(line)[0]["loss"] == pytest.approx(plain[0], rel=1e-5)
@@ -146,9 +89,9 @@ def test_shards_workers_and_accumulation_change_no_loss(
     assert not made.fs.exists(made.path("ray")), "a finished run needs no checkpoints"
     opened = AutoModelForSeq2SeqLM.from_pretrained(made.path("model"))
     assert sum(p.numel() for p in opened.parameters()) == made.manifest()["parameters"]
-    predictions = Predictor.open(made.path("model")).predict([f"{row['text']} Yes." for row in DAYS])
-    right = sum(p.label == row["label"] for p, row in zip(predictions, DAYS, strict=True))
-    assert right / len(DAYS) == pytest.approx(made.manifest()["best"]["accuracy"])
+    predictions = Predictor.open(made.path("model")).predict([f"{row['day']} Yes." for row in place.days])
+    right = sum(p.label == row["label"] for p, row in zip(predictions, place.days, strict=True))
+    assert right / len(place.days) == pytest.approx(made.manifest()["best"]["accuracy"])
 
 
 # killed
@@ -164,20 +107,11 @@ SLOW += ("student.workers=2", "student.zero_stage=2", "student.batch_by_length=t
 
 
 class Killable:
-    """`distill train` as a process of its own, on a Ray cluster of its own."""
+    """`distill train` as a process of its own."""
 
     def __init__(self, place: Place, *overrides: str) -> None:
-        self.line, self.log = place.line(*overrides), place.storage / "log"
-        sets = [f"storage={place.storage}", *overrides]
-        command = [sys.executable, "-m", "pipelines", "train", place.recipe]
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, *(part for override in sets for part in ("--set", override))],
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
+        self.place, self.line, self.log = place, place.line(*overrides), place.log
+        self.process = place.start("train", *overrides)
         self.family: list[psutil.Process] = []
         self.begun = self.reached()
 
@@ -206,11 +140,8 @@ class Killable:
         victims[0].kill()
 
     def end(self) -> int:
-        code = self.process.wait(timeout=240)
-        _, alive = psutil.wait_procs(self.family, timeout=30)
-        for orphan in alive:
-            orphan.kill()
-        return code
+        self.place.end(self.process, self.family)
+        return int(self.process.returncode)
 
 
 @pytest.fixture
@@ -226,7 +157,7 @@ def running(place: Place) -> Iterator[list[Killable]]:
 
 
 def test_killed_at_any_moment_it_takes_the_very_steps_of_an_unkilled_run(
-    place: Place, dataset: Path, tmp_path: Path, running: list[Killable]
+    place: Place, days: Callable[[Path], Place], tmp_path: Path, running: list[Killable]
 ) -> None:
     def start() -> Killable:
         running.append(Killable(place, *SLOW))
@@ -242,7 +173,7 @@ def test_killed_at_any_moment_it_takes_the_very_steps_of_an_unkilled_run(
     run = start()
     assert run.end() == 0, run.log.read_text()
     assert run.log.read_text().count("goes on from the checkpoint of step") == 2
-    unkilled = Place(dataset, tmp_path / "unkilled").train(*SLOW)
+    unkilled = train(days(tmp_path / "unkilled"), *SLOW)
     assert [row["step"] for row in losses(run.line)] == list(range(1, 201))
     assert losses(run.line) == losses(unkilled), "to the last digit"
     assert student(run.line).manifest()["best"] == student(unkilled).manifest()["best"]
@@ -251,9 +182,7 @@ def test_killed_at_any_moment_it_takes_the_very_steps_of_an_unkilled_run(
         assert torch.equal(mine, theirs)
 
 
-def test_another_number_of_workers_goes_on_with_the_same_losses(
-    place: Place, dataset: Path, running: list[Killable]
-) -> None:
+def test_another_number_of_workers_goes_on_with_the_same_losses(place: Place, running: list[Killable]) -> None:
     settings = ("student.steps=100", "student.checkpoint_every=5", "student.zero_stage=2")
     running.append(Killable(place, *settings, "student.workers=2"))
     running[0].wait_for(15)
@@ -261,10 +190,10 @@ def test_another_number_of_workers_goes_on_with_the_same_losses(
     assert running[0].end() != 0
     assert running[0].reached() < 100
     with pytest.raises(UserError, match=r"written under ZeRO 2; go on with student\.zero_stage=2"):
-        place.train(*settings, "student.zero_stage=1")
-    line = place.train(*settings, "student.workers=1")
+        train(place, *settings, "student.zero_stage=1")
+    line = train(place, *settings, "student.workers=1")
     made = [row["loss"] for row in losses(line)]
-    assert made == pytest.approx(plain_losses(dataset, 100), rel=1e-2, abs=1e-3)
+    assert made == pytest.approx(plain_losses(line, 100), rel=1e-2, abs=1e-3)
     assert student(line).manifest()["recipe"]["student"]["workers"] == 1
 
 
@@ -298,7 +227,8 @@ def test_trackers_are_told_and_patience_ends_a_run(
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     ray.shutdown()  # workers have the environment of the session that they are started in
-    line = place.train(
+    line = train(
+        place,
         "student.learning_rate=1e-12",
         "student.eval_every=2",
         "student.patience=2",
@@ -308,7 +238,7 @@ def test_trackers_are_told_and_patience_ends_a_run(
     manifest = student(line).manifest()
     assert (manifest["steps"], manifest["stopped_early"], manifest["best"]["step"]) == (6, True, 2)
     explained = manifest["history"][-1]["explained"]
-    assert [e["input"] for e in explained] == [f"{row['text']} Yes." for row in DAYS[:3]]
+    assert [e["input"] for e in explained] == [f"{row['day']} Yes." for row in place.days[:3]]
     import mlflow
 
     client = mlflow.MlflowClient(uri)
@@ -327,12 +257,12 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_step_and_its_rows(place:
     with pytest.raises(
         UserError, match=r"step_by_step-gold-1-seed0: at step 2 the loss is no number, on rows \w{24}, "
     ):
-        place.train("student.learning_rate=3e38")
+        train(place, "student.learning_rate=3e38")
 
 
 def test_what_can_be_trained_is_trained_before_the_rest_is_refused(place: Place) -> None:
     runs = "runs=[{arm: standard}, {arm: standard, fraction: 0.1}]"
     with pytest.raises(UserError, match=r"fraction 0\.1 leaves 3 rows, fewer than student\.batch_size 8"):
-        place.train(runs, "student.steps=2", "student.eval_every=2")
+        train(place, runs, "student.steps=2", "student.eval_every=2")
     line = place.line(runs, "student.steps=2", "student.eval_every=2")
     assert [line.student(run).done() for run in line.recipe.students()] == [True, False]
