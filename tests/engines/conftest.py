@@ -90,11 +90,10 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Place]:
         (folder / f"{name}.jsonl").write_text(text)
     task = {"name": "days", "input": "{day}", "answer": {"kind": "choice", "labels": list(LABELS)}}
     (folder / "task.yaml").write_text(yaml.safe_dump(task))
-    source = {"root": str(folder), "near_duplicates": "keep", "train": "train.jsonl"}
-    source |= {split: f"{split}.jsonl" for split in held_out}
-    places = {"storage": str(folder / "runs"), "task": str(folder / "task.yaml")}
-    recipe = {**RECIPE, **places, "source": source}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    source = {"root": str(folder), "near_duplicates": "keep"}
+    source |= {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+    places = {"storage": str(folder / "runs"), "task": str(folder / "task.yaml"), "source": source}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, **places}))
     made = Lineage(load_recipe(str(folder / "recipe.yaml")))
     build_rationales(made)
     build_dataset(made)
