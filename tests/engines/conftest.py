@@ -82,12 +82,10 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Place]:
     said = [{**row, "text": f"It was a {row['label']} day. So the answer is {row['label']}."} for row in DAYS]
     for row in said[:4]:
         row["text"] = "I can't tell."
-    held_out = [{**row, "day": f"{row['day']} Yes."} for row in DAYS]
-    for name, rows in {"train": DAYS, "texts": said, "validation": held_out, "test": held_out[::-1]}.items():
-        text = "".join(
-            json.dumps({**row, "day": f"{row['day']} No."} if name == "test" else row) + "\n" for row in rows
-        )
-        (folder / f"{name}.jsonl").write_text(text)
+    ends = {"validation": "Yes.", "test": "No."}
+    held_out = {split: [{**row, "day": f"{row['day']} {end}"} for row in DAYS] for split, end in ends.items()}
+    for name, rows in {"train": DAYS, "texts": said, **held_out}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {"name": "days", "input": "{day}", "answer": {"kind": "choice", "labels": list(LABELS)}}
     (folder / "task.yaml").write_text(yaml.safe_dump(task))
     source = {"root": str(folder), "near_duplicates": "keep"}
