@@ -172,7 +172,7 @@ class Lineage:
         """One trained student."""
         student = self.recipe.student_of(run)
         settings = student.model_dump(exclude=_STUDENT_RESOURCES | {"model", "revision", "deepspeed"})
-        model = model_identity(student.model, student.revision)
+        model = self._identity(student.model, student.revision)
         given = read_config(student.deepspeed) if student.deepspeed else None
         drawn = run.model_dump(exclude={"alpha", "model"})  # they are among the settings
         return self._artifact("train", self.dataset.key, model, settings, given, drawn)
@@ -259,6 +259,16 @@ class Lineage:
             self.examples.key if hinted else None,  # whose gold labels were told
             sampling,
         )
+
+    def _identity(self, model: str, revision: str | None) -> str:
+        """`model_identity`, read once: a search has many students of one model."""
+        if (model, revision) not in self._identities:
+            self._identities[model, revision] = model_identity(model, revision)
+        return self._identities[model, revision]
+
+    @cached_property
+    def _identities(self) -> dict[tuple[str, str | None], str]:
+        return {}
 
     def _artifact(self, stage: str, *content: object) -> Artifact:
         return self.store.artifact(stage, make_key(stage, *content))
