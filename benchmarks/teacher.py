@@ -50,7 +50,7 @@ def compare(
         return
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"quickstart": 600} if quick else {"quickstart": 1500, "60m": 200}
+        sizes = {"quickstart": 600} if quick else {"quickstart": 900, "60m": 128}
         speeds: dict[str, list[float]] = {}
         recipes = {model: _recipe(Path(folder), model, rows) for model, rows in sizes.items()}
         for turn in range(1 if quick else rounds):
