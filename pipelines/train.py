@@ -104,9 +104,9 @@ def train_student(line: Lineage, run: Run, messages: Any, callbacks: Sequence[An
         if "refused" in made:
             raise UserError(made["refused"])
         state = made["state"]
-        if artifact.fs.exists(artifact.path(BEST)):  # not if we were killed after this and before the manifest
-            artifact.fs.mv(artifact.path(f"{BEST}/{state['best_step']}"), artifact.path(MODEL), recursive=True)
-            artifact.fs.rm(artifact.path(BEST), recursive=True)
+        best = artifact.path(f"{BEST}/{state['best_step']}")
+        if artifact.fs.exists(best):  # not if we were killed after this and before the manifest
+            artifact.fs.mv(best, artifact.path(MODEL), recursive=True)
         artifact.write_table("losses", pa.Table.from_pylist(state["losses"], LOSSES))
         artifact.finish(
             line.snapshot(),
@@ -124,7 +124,9 @@ def train_student(line: Lineage, run: Run, messages: Any, callbacks: Sequence[An
             parameters=made["parameters"],
             cut=made["cut"],
         )
-        artifact.fs.rm(artifact.path(_RAY), recursive=True)
+        for folder in (BEST, _RAY):
+            if artifact.fs.exists(artifact.path(folder)):
+                artifact.fs.rm(artifact.path(folder), recursive=True)
 
 
 def _fit(line: Lineage, run: Run, artifact: Artifact, messages: Any, callbacks: Sequence[Any]) -> dict[str, Any]:
