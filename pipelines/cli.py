@@ -199,8 +199,20 @@ def report(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = Fa
 
 
 @app.command()
+def export(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
+    """STAGE 7: the student that is best on validation as a bundle to serve: calibrated, with checksums and a card."""
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.export import build_export
+
+        return [build_export(line, force)]
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
 def predict(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="The directory of a trained student.")],
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="The directory of a trained student, or a bundle.")],
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Inputs as the student reads them.")],
     json_: JsonOption = False,
 ) -> None:
@@ -210,9 +222,10 @@ def predict(
 
     made = Predictor.open(student).predict(inputs)
     for text, prediction in zip(inputs, made, strict=True):
-        say(f"{prediction.label}\t{prediction.confidence:.3f}\t{text}")
+        say(f"{prediction.label}\t{prediction.confidence:.3f}{' (abstains)' * prediction.abstained}\t{text}")
     if json_:
-        _print_json({"predictions": [{"label": p.label, "confidence": p.confidence} for p in made]})
+        shown = [{"label": p.label, "confidence": p.confidence, "abstained": p.abstained} for p in made]
+        _print_json({"predictions": shown})
 
 
 @app.command()

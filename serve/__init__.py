@@ -1,0 +1,1 @@
+"""`distill serve`: students over HTTP, on Ray Serve."""
