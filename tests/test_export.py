@@ -143,7 +143,7 @@ def test_an_accuracy_that_no_threshold_reaches_is_refused(line: Lineage) -> None
     for row, made in zip(rows, student.predict([row["input"] for row in rows]), strict=True):
         row["label"] = next(label for label in line.task.answer.labels if label != made.label)
     other.dataset.write_table("validation/00000", pa.Table.from_pylist(rows, schema=DATASET))
-    with pytest.raises(UserError, match="answered_accuracy 0.9"):
+    with pytest.raises(UserError, match=r"answered_accuracy 0\.9"):
         build_export(changed(other, answered_accuracy=0.9))
 
 
