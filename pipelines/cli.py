@@ -229,6 +229,30 @@ def predict(
 
 
 @app.command()
+def serve(
+    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="Folders that `distill export` made.")],
+    host: Annotated[str, typer.Option(help="Beyond loopback, an API key is asked for.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    default: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Answers where a request names none; by default the first.")
+    ] = None,
+    keys_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="SHA-256 of API keys, one a line; asks for a key anywhere.")
+    ] = None,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Ask nobody for a key, wherever the port is reached.")
+    ] = False,
+    replicas: Annotated[int, typer.Option(min=1)] = 1,
+    cpus: Annotated[float, typer.Option(min=0.1, help="Of one replica.")] = 1.0,
+) -> None:
+    """Answer over HTTP on this machine: labels, confidences, a page to try it. For a cluster see serve/config.yaml."""
+    from serve.run import serve_here, settings_for
+
+    settings = settings_for(bundles, host, no_key, default, keys_file, replicas, cpus)
+    serve_here(settings, host, port)
+
+
+@app.command()
 def doctor(json_: JsonOption = False) -> None:
     """Check this machine: versions, vLLM, DeepSpeed's compiler, memory, disk, GPUs; say what to do about each lack."""
     _quiet(json_)

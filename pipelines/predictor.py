@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import ValidationError
 
 from pipelines import t5
 from pipelines.checksums import SUMS, verify_checksums
@@ -67,6 +66,40 @@ class Bundle:
     precision: Precision = "fp32"  # what it was calibrated in
 
 
+@dataclass(frozen=True)
+class Sidecar:
+    """What stands beside a student's weights."""
+
+    task: Task
+    settings: dict[str, Any]  # further arguments of `Predictor`
+    bundle: Bundle | None
+
+
+def read_bundle(folder: str | Path) -> Sidecar:
+    """What a student's directory or a bundle says of itself; a bundle's files are checked against their sums.
+
+    Raises:
+        UserError: it is neither, or a file of the bundle is not what was exported.
+    """
+    folder = Path(folder)
+    if not (folder / SIDECAR).is_file():
+        raise UserError(f"{folder}: no {SIDECAR} in it; give the directory of a student that `distill train` made")
+    sealed = (folder / SUMS).is_file()
+    if sealed:
+        verify_checksums(folder)
+    try:
+        facts = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        given = facts.get("bundle")
+        bundle = Bundle(**given) if given else None
+        settings = {key: facts[key] for key in ("max_input_tokens", "max_new_tokens", "arm", "prefix")}
+        made = Sidecar(Task.model_validate(facts["task"]), settings, bundle)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: its {SIDECAR} is not one that this version writes; make it again") from error
+    if bundle and not sealed:
+        raise UserError(f"{folder}: it is a bundle without its {SUMS}; copy the whole bundle again")
+    return made
+
+
 class Predictor:
     """A student and its task. `predict` is deterministic and needs no gradient."""
 
@@ -94,27 +127,12 @@ class Predictor:
         Raises:
             UserError: it is neither, or a file of the bundle is not what was exported.
         """
-        folder = Path(folder)
-        if not (folder / SIDECAR).is_file():
-            raise UserError(f"{folder}: no {SIDECAR} in it; give the directory of a student that `distill train` made")
-        sealed = (folder / SUMS).is_file()
-        if sealed:
-            verify_checksums(folder)
-        try:
-            facts = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-            given = facts.pop("bundle", None)
-            bundle = Bundle(**given) if given else None
-            task = Task.model_validate(facts.pop("task"))
-            settings = {key: facts[key] for key in ("max_input_tokens", "max_new_tokens", "arm", "prefix")}
-        except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-            raise UserError(f"{folder}: its {SIDECAR} is not one that this version writes; make it again") from error
-        if bundle and not sealed:
-            raise UserError(f"{folder}: it is a bundle without its {SUMS}; copy the whole bundle again")
+        read = read_bundle(folder)
         model, tokenizer = load_student(str(folder), local_files_only=True, safetensors=True)
-        if bundle and bundle.precision == "bf16" and has_bf16(device):
+        if read.bundle and read.bundle.precision == "bf16" and has_bf16(device):
             model.to(torch.bfloat16)
         model.to(device)
-        return cls(model.eval(), tokenizer, task, **settings, bundle=bundle)
+        return cls(model.eval(), tokenizer, read.task, **read.settings, bundle=read.bundle)
 
     def save(self, folder: str | Path) -> None:
         """Write a student's directory, which `open` reads once a bundle has its sums too."""

@@ -1,1 +1,1 @@
-"""`distill serve`: students over HTTP, on Ray Serve."""
+"""Students over HTTP, with their label alone, on Ray Serve."""
