@@ -21,7 +21,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from pipelines.errors import UserError
 from pipelines.predictor import Prediction, Predictor
 from serve.api import Student, make_api
-from serve.keys import HASHES_ENV, Keys
+from serve.keys import Keys
 from serve.meter import Meter
 from serve.settings import Settings, Traffic
 
@@ -103,7 +103,7 @@ class App:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(max(1, int(settings.cpus)))
         self._settings, self._meter = settings, Meter()
-        self._keys = _keys(settings)
+        self._keys = Keys.wanted(settings.keys_file, settings.require_key)
         self._traffic = settings.traffic
         self._shadows: set[asyncio.Task[None]] = set()  # the loop itself holds tasks only weakly
         self._dice = random.Random()
@@ -176,7 +176,7 @@ def build(args: Settings) -> serve.Application:
     Raises:
         UserError: a key is asked for and none is given.
     """
-    _keys(args)
+    Keys.wanted(args.keys_file, args.require_key)
     low, high = args.replicas
     scaling = AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=args.ongoing / 2)
     deployment = serve.deployment(
@@ -194,13 +194,3 @@ def build(args: Settings) -> serve.Application:
         user_config=args.traffic.model_dump(),
     )
     return deployment.bind(args)
-
-
-def _keys(settings: Settings) -> Keys | None:
-    keys = Keys.read(settings.keys_file)
-    if settings.require_key and not len(keys):
-        raise UserError(
-            f"an API key is required and none is given: put the SHA-256 of one into {HASHES_ENV} or a keys file, or "
-            "set require_key to false where nobody else can reach the port"
-        )
-    return keys if settings.require_key else None

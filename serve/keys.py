@@ -43,6 +43,21 @@ class Keys:
                 raise UserError(f"{where}: not a SHA-256 of 64 hexadecimal digits; keys are given by their hash alone")
         return cls([text for _, text in hashes])
 
+    @classmethod
+    def wanted(cls, file: str | None, required: bool) -> "Keys | None":
+        """Those that a request must show one of; None: it need not.
+
+        Raises:
+            UserError: one is required and none is given, or `read` finds something wrong.
+        """
+        keys = cls.read(file)
+        if required and not keys._hashes:
+            raise UserError(
+                f"an API key is required and none is given: put the SHA-256 of one into {HASHES_ENV} or a keys file, "
+                "or ask for none (--no-key, require_key: false) where nobody else can reach the port"
+            )
+        return keys if required else None
+
     def __len__(self) -> int:
         return len(self._hashes)
 
