@@ -221,8 +221,20 @@ def report(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = Fa
 
 
 @app.command()
+def export(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
+    """STAGE 7: the student that is best on validation as a bundle to serve: calibrated, with checksums and a card."""
+
+    def work(line: Lineage) -> list[Artifact]:
+        from pipelines.export import build_export
+
+        return [build_export(line, force)]
+
+    _stage(recipe, set_, json_, work)
+
+
+@app.command()
 def predict(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="The directory of a trained student.")],
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="The directory of a trained student, or a bundle.")],
     inputs: Annotated[
         list[str],
         typer.Argument(
@@ -244,15 +256,40 @@ def predict(
     from pipelines.predictor import Predictor
 
     if all(text.lower().endswith(ENDINGS) for text in inputs):
-        made = predict_files(student, inputs, out)
+        files = predict_files(student, inputs, out)
         if json_:
-            _print_json({"files": made})
+            _print_json({"files": files})
         return
-    predictions = Predictor.open(student).predict(inputs)
-    for text, prediction in zip(inputs, predictions, strict=True):
-        say(f"{prediction.label}\t{prediction.confidence:.3f}\t{text}")
+    made = Predictor.open(student).predict(inputs)
+    for text, prediction in zip(inputs, made, strict=True):
+        say(f"{prediction.label}\t{prediction.confidence:.3f}{' (abstains)' * prediction.abstained}\t{text}")
     if json_:
-        _print_json({"predictions": [{"label": p.label, "confidence": p.confidence} for p in predictions]})
+        shown = [{"label": p.label, "confidence": p.confidence, "abstained": p.abstained} for p in made]
+        _print_json({"predictions": shown})
+
+
+@app.command()
+def serve(
+    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="Folders that `distill export` made.")],
+    host: Annotated[str, typer.Option(help="Beyond loopback, an API key is asked for.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    default: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Answers where a request names none; by default the first.")
+    ] = None,
+    keys_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="SHA-256 of API keys, one a line; asks for a key anywhere.")
+    ] = None,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Ask nobody for a key, wherever the port is reached.")
+    ] = False,
+    replicas: Annotated[int, typer.Option(min=1)] = 1,
+    cpus: Annotated[float, typer.Option(min=0.1, help="Of one replica.")] = 1.0,
+) -> None:
+    """Answer over HTTP on this machine: labels, confidences, a page to try it. For a cluster see serve/config.yaml."""
+    from serve.run import serve_here, settings_for
+
+    settings = settings_for(bundles, host, no_key, default, keys_file, replicas, cpus)
+    serve_here(settings, host, port)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from pipelines.recipe import BUILTIN, Recipe, Run, Split, resolve
 from pipelines.tasks import Task, load_task
 
 MODEL = "model"  # the folder of the student within a train artefact
+BUNDLE = "bundle"  # the folder of the bundle within an export artefact
 BEST = "best"  # while it is trained: the folder of the weights that were best so far
 ROWS = "rows"  # the folder of the texts within a generations artefact
 _PROMPTING = {"instruction", "prompt", "exemplars", "stop", "description", "hint"}
@@ -194,6 +195,12 @@ class Lineage:
         """Tables and figures over these students; by default, those of the recipe's `runs`."""
         runs = self.recipe.students() if runs is None else runs
         return self._artifact("report", [self.evaluation(run).key for run in runs])
+
+    @cached_property
+    def export(self) -> Artifact:
+        """The bundle of the student that is best on validation."""
+        students = [self.student(run).key for run in self.recipe.students()]
+        return self._artifact("export", students, self.recipe.evaluate.split, self.recipe.export.model_dump())
 
     def require(self, artifact: Artifact, command: str) -> Artifact:
         """A parent that must be there already.

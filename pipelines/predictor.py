@@ -5,17 +5,20 @@ always valid. Expressions and free text are decoded greedily.
 
 A student's directory is a Hugging Face one with `distill.json` beside it: the task, and how the student was
 taught to answer. One of arm rationale_first can't answer before it has written its rationale, so it writes both.
+A bundle is such a directory with what export adds: a name, a version, a calibration, checksums.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
 from pipelines import t5
+from pipelines.checksums import SUMS, verify_checksums
 from pipelines.errors import UserError
 from pipelines.recipe import Arm
 from pipelines.student import (
@@ -32,16 +35,69 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SIDECAR = "distill.json"
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Prediction:
     """A label and the probability that the student gives it. `label` is None when a decoded text is no
-    valid answer; it then stands in `text`."""
+    valid answer; it then stands in `text`. `scores` are the probabilities of all labels of a closed set, where they
+    were asked for; an answer whose confidence is below the bundle's threshold is marked `abstained`."""
 
     label: str | None
     confidence: float
     text: str
+    abstained: bool = False
+    scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What export adds to a student.
+
+    The temperature divides the log-probabilities of the possible answers (Guo et al., ICML 2017, arXiv 1706.04599);
+    of a decoded text these are that text and any other.
+    """
+
+    name: str
+    version: str
+    temperature: float = 1.0
+    abstain_below: float = 0.0
+    precision: Precision = "fp32"  # what it was calibrated in
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What stands beside a student's weights."""
+
+    task: Task
+    settings: dict[str, Any]  # further arguments of `Predictor`
+    bundle: Bundle | None
+
+
+def read_bundle(folder: str | Path) -> Sidecar:
+    """What a student's directory or a bundle says of itself; a bundle's files are checked against their sums.
+
+    Raises:
+        UserError: it is neither, or a file of the bundle is not what was exported.
+    """
+    folder = Path(folder)
+    if not (folder / SIDECAR).is_file():
+        raise UserError(f"{folder}: no {SIDECAR} in it; give the directory of a student that `distill train` made")
+    sealed = (folder / SUMS).is_file()
+    if sealed:
+        verify_checksums(folder)
+    try:
+        facts = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        given = facts.get("bundle")
+        bundle = Bundle(**given) if given else None
+        settings = {key: facts[key] for key in ("max_input_tokens", "max_new_tokens", "arm", "prefix")}
+        made = Sidecar(Task.model_validate(facts["task"]), settings, bundle)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: its {SIDECAR} is not one that this version writes; make it again") from error
+    if bundle and not sealed:
+        raise UserError(f"{folder}: it is a bundle without its {SUMS}; copy the whole bundle again")
+    return made
 
 
 class Predictor:
@@ -56,63 +112,79 @@ class Predictor:
         max_new_tokens: int = 64,
         arm: Arm = "standard",
         prefix: str = "encoder",
+        bundle: Bundle | None = None,
     ) -> None:
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.max_input_tokens, self.max_new_tokens = max_input_tokens, max_new_tokens
         self.arm, self.prefix = arm, prefix
+        self.bundle = bundle
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> Self:
-        """Load a student's directory.
+        """Load a student's directory or a bundle. A bundle's files are checked against their sums first, and it is
+        run in bf16 if it was exported so and the processor has it. Weights are read from safetensors alone.
 
         Raises:
-            UserError: it is no student's directory.
+            UserError: it is neither, or a file of the bundle is not what was exported.
         """
-        path = Path(folder) / SIDECAR
-        if not path.is_file():
-            raise UserError(f"{folder}: no {SIDECAR} in it; give the directory of a student that `distill train` made")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        model, tokenizer = load_student(str(folder))
+        read = read_bundle(folder)
+        model, tokenizer = load_student(str(folder), local_files_only=True, safetensors=True)
+        if read.bundle and read.bundle.precision == "bf16" and has_bf16(device):
+            model.to(torch.bfloat16)
         model.to(device)
-        return cls(
-            model.eval(),
-            tokenizer,
-            Task.model_validate(facts["task"]),
-            facts["max_input_tokens"],
-            facts["max_new_tokens"],
-            facts["arm"],
-            facts["prefix"],
-        )
+        return cls(model.eval(), tokenizer, read.task, **read.settings, bundle=read.bundle)
 
     def save(self, folder: str | Path) -> None:
-        """Write a student's directory, which `open` reads."""
+        """Write a student's directory, which `open` reads once a bundle has its sums too."""
         facts = {
             "task": self.task.model_dump(mode="json"),
             "max_input_tokens": self.max_input_tokens,
             "max_new_tokens": self.max_new_tokens,
             "arm": self.arm,
             "prefix": self.prefix,
+            **({"bundle": asdict(self.bundle)} if self.bundle else {}),
         }
         save_student(self.model, self.tokenizer, Path(folder))
         text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
         Path(folder, SIDECAR).write_text(text, encoding="utf-8")
 
     def predict(
-        self, inputs: Sequence[str], choices: Sequence[Sequence[str] | None] | None = None, batch_size: int = 64
+        self,
+        inputs: Sequence[str],
+        choices: Sequence[Sequence[str] | None] | None = None,
+        batch_size: int = 64,
+        scores: bool = False,
     ) -> list[Prediction]:
         """Labels for rendered inputs, in their order. `choices` are the rows' own, for kind row_choice."""
-        own = choices or [None] * len(inputs)
-        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))  # batches of like length waste less
+        return self.predict_ids(self.read(inputs), choices, batch_size, scores)
+
+    def read(self, inputs: Sequence[str], prefix: str = LABEL_PREFIX) -> list[list[int]]:
+        """The token ids of rendered inputs, with their prefix, as the encoder gets them; cut to `max_input_tokens`."""
+        told = prefix if self.prefix == "encoder" else ""
+        ids = self.tokenizer([told + text for text in inputs])["input_ids"] if inputs else []
+        room = self.max_input_tokens
+        return [row if len(row) <= room else [*row[: room - 1], row[-1]] for row in ids]
+
+    def predict_ids(
+        self,
+        ids: Sequence[list[int]],
+        choices: Sequence[Sequence[str] | None] | None = None,
+        batch_size: int = 64,
+        scores: bool = False,
+    ) -> list[Prediction]:
+        """Labels for what `read` made, in its order."""
+        own = choices or [None] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of like length waste less
         predictions: dict[int, Prediction] = {}
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():
             for at in range(0, len(order), batch_size):
                 part = order[at : at + batch_size]
-                made = self._predict_batch([inputs[i] for i in part], [own[i] for i in part])
-                predictions.update(zip(part, made, strict=True))
+                rows = t5.Rows([ids[i] for i in part], self.model.device)
+                predictions.update(zip(part, self._predict_batch(rows, [own[i] for i in part], scores), strict=True))
         self.model.train(was_training)
-        return [predictions[i] for i in range(len(inputs))]
+        return [predictions[i] for i in range(len(ids))]
 
     def explain(self, inputs: Sequence[str], max_new_tokens: int = 128) -> list[str]:
         """What the student writes as rationales, greedily. Only for one that was taught to, and for people to look at:
@@ -120,32 +192,28 @@ class Predictor:
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():
-            made, _ = self._write(self._read(inputs, RATIONALE_PREFIX), RATIONALE_PREFIX, max_new_tokens)
+            made, _ = self._write(
+                t5.Rows(self.read(inputs, RATIONALE_PREFIX), self.model.device), RATIONALE_PREFIX, max_new_tokens
+            )
         self.model.train(was_training)
         return [str(text) for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
 
-    def _predict_batch(self, texts: list[str], choices: list[Sequence[str] | None]) -> Iterator[Prediction]:
-        inputs = self._read(texts, LABEL_PREFIX)
+    def _predict_batch(
+        self, inputs: t5.Rows, choices: list[Sequence[str] | None], scores: bool
+    ) -> Iterator[Prediction]:
         if self.arm == "rationale_first":
             return self._decode_after_rationale(inputs, choices)
         if self.task.answer.kind in ("choice", "row_choice"):
-            return self._score(inputs, [tuple(own or self.task.answer.labels) for own in choices])
+            labels = [tuple(dict.fromkeys(own or self.task.answer.labels)) for own in choices]
+            return self._score(inputs, labels, scores)
         return self._decode(inputs)
-
-    def _read(self, texts: Sequence[str], prefix: str) -> t5.Rows:
-        told = prefix if self.prefix == "encoder" else ""
-        ids = self.tokenizer([told + text for text in texts])["input_ids"]
-        ids = [
-            row if len(row) <= self.max_input_tokens else [*row[: self.max_input_tokens - 1], row[-1]] for row in ids
-        ]
-        return t5.Rows(ids, self.model.device)
 
     def _start(self, prefix: str) -> list[int]:
         """What the decoder is given before it writes."""
         opening = decoder_opening(self.tokenizer, prefix) if self.prefix == "decoder" else []
         return [self.model.config.decoder_start_token_id, *opening]
 
-    def _score(self, inputs: t5.Rows, labels: list[tuple[str, ...]]) -> Iterator[Prediction]:
+    def _score(self, inputs: t5.Rows, labels: list[tuple[str, ...]], all_scores: bool) -> Iterator[Prediction]:
         """Each row's labels by the log-probability of their tokens; one encoder pass, one decoder pass.
 
         A row's labels stand one after another in one decoder row, each seeing itself alone, so that the row's
@@ -170,16 +238,17 @@ class Predictor:
         owner = torch.arange(len(tokens), device=device).repeat_interleave(lengths)  # the label of each token
         scores = log_probabilities.new_zeros(len(tokens)).index_add(0, owner, log_probabilities).cpu()
         for row, row_scores in zip(labels, scores.split([len(row) for row in labels]), strict=True):
-            probabilities = row_scores.softmax(dim=0)
-            best = int(probabilities.argmax())
-            yield Prediction(row[best], float(probabilities[best]), row[best])
+            probabilities = (row_scores / self._temperature).softmax(dim=0).tolist()
+            confidence, label = max(zip(probabilities, row, strict=True), key=itemgetter(0))
+            shown = dict(zip(row, probabilities, strict=True)) if all_scores else None
+            yield Prediction(label, confidence, label, self._abstains(confidence), shown)
 
     def _decode(self, inputs: t5.Rows) -> Iterator[Prediction]:
         """Greedy text; its confidence is the probability of the whole text."""
         made, scores = self._write(inputs, LABEL_PREFIX, self.max_new_tokens)
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         for text, value in zip(texts, scores.sum(dim=1).exp().tolist(), strict=True):
-            yield Prediction(self.task.canonical(text), value, text)
+            yield self._written(text, value, None)
 
     def _decode_after_rationale(self, inputs: t5.Rows, choices: list[Sequence[str] | None]) -> Iterator[Prediction]:
         """Greedy text up to the second end of sequence: the rationale, then the label. Its confidence is the
@@ -189,7 +258,20 @@ class Predictor:
         label = (ends.cumsum(dim=1) - ends == 1) & (made != self.tokenizer.pad_token_id)
         for row, mask, logs, own in zip(made, label, scores, choices, strict=True):
             text = self.tokenizer.decode(row[mask], skip_special_tokens=True)
-            yield Prediction(self.task.canonical(text, own), float(logs[mask].sum().exp()), text)
+            yield self._written(text, float(logs[mask].sum().exp()), own)
+
+    def _written(self, text: str, probability: float, choices: Sequence[str] | None) -> Prediction:
+        """A decoded text of that probability as a prediction; with its calibrated confidence."""
+        this, other = (p ** (1 / self._temperature) for p in (probability, max(0.0, 1 - probability)))
+        confidence = this / (this + other)
+        return Prediction(self.task.canonical(text, choices), confidence, text, self._abstains(confidence))
+
+    @property
+    def _temperature(self) -> float:
+        return self.bundle.temperature if self.bundle else 1.0
+
+    def _abstains(self, confidence: float) -> bool:
+        return self.bundle is not None and confidence < self.bundle.abstain_below
 
     def _write(
         self, inputs: t5.Rows, prefix: str, max_new_tokens: int, ends: int = 1
@@ -212,6 +294,14 @@ class Predictor:
         is_end = (written == end).long()
         over = is_end.cumsum(dim=1) - is_end >= ends
         return written.masked_fill(over, padding), torch.stack(chosen.values, dim=1).masked_fill(over, 0.0)
+
+
+def has_bf16(device: str = "cpu") -> bool:
+    """Whether the processor has matrix products in bf16; without them it is slower than fp32."""
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 _NEVER = -1  # an end of sequence that no row reaches: `_Ends` says where rows end

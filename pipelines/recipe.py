@@ -387,6 +387,30 @@ class Evaluate(_Frozen):
     resamples: int = Field(default=2000, ge=100, description="of the bootstrap")
 
 
+class Export(_Frozen):
+    """What the bundle to serve is made with."""
+
+    abstain_below: float = Field(default=0.0, ge=0, le=1, description="calibrated confidence that an answer needs")
+    answered_accuracy: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="choose abstain_below so that on validation so large a share of the answers given is right",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 if this processor has it, it is faster, and the answers agree"
+    )
+    agreement: float = Field(
+        default=0.995, gt=0, le=1, description="share of validation on which bf16 must answer as fp32 does"
+    )
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> Self:
+        if self.abstain_below and self.answered_accuracy:
+            raise ValueError("abstain_below and answered_accuracy both set the threshold; give one of the two")
+        return self
+
+
 class Recipe(_Frozen):
     """Everything that a run is made of."""
 
@@ -402,6 +426,7 @@ class Recipe(_Frozen):
     runs: tuple[Grid, ...] = (Grid(),)
     search: Search = Search()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

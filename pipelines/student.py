@@ -75,8 +75,9 @@ def load_student(
     dropout: float | None = None,
     seed: int = 0,
     local_files_only: bool = False,
+    safetensors: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A T5-family model in fp32 and its tokenizer.
+    """A T5-family model in fp32 and its tokenizer. With `safetensors`, weights in any other format are refused.
 
     Raises:
         UserError: not found, or not of the T5 family.
@@ -109,7 +110,8 @@ def load_student(
         if not getattr(config, "scale_decoder_outputs", config.model_type != "mt5"):
             _untie(network)
     else:
-        network = AutoModelForSeq2SeqLM.from_pretrained(model, config=config, dtype=torch.float32, **local)
+        only = {"use_safetensors": True} if safetensors else {}
+        network = AutoModelForSeq2SeqLM.from_pretrained(model, config=config, dtype=torch.float32, **only, **local)
     return network, tokenizer
 
 

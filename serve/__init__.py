@@ -1,0 +1,1 @@
+"""Students over HTTP, with their label alone, on Ray Serve."""

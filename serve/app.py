@@ -1,0 +1,196 @@
+"""The Ray Serve application: `serve run serve.app:build bundles='[…]'`, `serve deploy serve/config.yaml`, or
+`distill serve BUNDLE…` on one machine.
+
+One deployment holds the HTTP side and all bundles, so that a request makes one hop, from the proxy to a replica.
+Requests wait at the proxy, at most so many; within a replica, those of one model are answered in batches of so many
+tokens at most, in a thread of their own, so that the next ones are read meanwhile.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+
+from pipelines.errors import UserError
+from pipelines.predictor import Prediction, Predictor
+from serve.api import Student, make_api
+from serve.keys import Keys
+from serve.meter import Meter
+from serve.settings import Settings, Traffic
+
+_RETRY_AFTER_S = 1
+
+
+class _Part(NamedTuple):
+    """Inputs of one request that go through the model together."""
+
+    ids: list[list[int]]
+    choices: list[Sequence[str] | None]
+    scores: bool
+    since: float  # time.perf_counter() of its arrival
+
+
+def _tokens(parts: list[_Part]) -> int:
+    return sum(len(row) for part in parts for row in part.ids)
+
+
+class Served:
+    """A bundle in a replica, with its queue."""
+
+    def __init__(self, folder: str, settings: Settings, meter: Meter, worker: ThreadPoolExecutor) -> None:
+        predictor = Predictor.open(folder, "cuda" if settings.gpus else "cpu")
+        if predictor.bundle is None:
+            raise UserError(f"{folder}: a student without a version; make a bundle of it with `distill export`")
+        self.name, self.version, self.task = predictor.bundle.name, predictor.bundle.version, predictor.task
+        self._predictor, self._meter, self._worker = predictor, meter, worker
+        self._budget = max(settings.batch_tokens, predictor.max_input_tokens)
+        self._batched = serve.batch(
+            max_batch_size=self._budget, batch_wait_timeout_s=settings.batch_wait_s, batch_size_fn=_tokens
+        )(self._answer_batch)
+        own = ["yes", "no"] if self.task.answer.kind == "row_choice" else None
+        predictor.predict(["warm up"], [own])
+
+    async def answer(
+        self, texts: Sequence[str], choices: Sequence[Sequence[str] | None], scores: bool
+    ) -> list[Prediction]:
+        """Predictions of rendered inputs, in their order."""
+        ids = self._predictor.read(texts)
+        parts = self._split(ids, choices, scores)
+        answered = await asyncio.gather(*map(self._batched, parts))
+        made = [prediction for part in answered for prediction in part]
+        self._meter.answers(self.name, self.version, made, self.task.answer.kind == "choice")
+        return made
+
+    def _split(self, ids: list[list[int]], choices: Sequence[Sequence[str] | None], scores: bool) -> list[_Part]:
+        """A request as parts that a batch can hold, in its order."""
+        parts = [_Part([], [], scores, time.perf_counter())]
+        room = self._budget
+        for row, own in zip(ids, choices, strict=True):
+            if len(row) > room and parts[-1].ids:
+                parts.append(_Part([], [], scores, parts[0].since))
+                room = self._budget
+            parts[-1].ids.append(row)
+            parts[-1].choices.append(own)
+            room -= len(row)
+        return parts
+
+    async def _answer_batch(self, parts: list[_Part]) -> list[list[Prediction]]:
+        start = time.perf_counter()
+        for part in parts:
+            self._meter.queued(self.name, self.version, 1000 * (start - part.since))
+        made = await asyncio.get_running_loop().run_in_executor(self._worker, self._predict, parts)
+        tokens, milliseconds = _tokens(parts), 1000 * (time.perf_counter() - start)
+        self._meter.batch(self.name, self.version, len(made), tokens, milliseconds)
+        ends = iter(made)
+        return [[next(ends) for _ in part.ids] for part in parts]
+
+    def _predict(self, parts: list[_Part]) -> list[Prediction]:
+        ids = [row for part in parts for row in part.ids]
+        choices = [own for part in parts for own in part.choices]
+        return self._predictor.predict_ids(ids, choices, len(ids), scores=any(part.scores for part in parts))
+
+
+class App:
+    """One replica."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(max(1, int(settings.cpus)))
+        self._settings, self._meter = settings, Meter()
+        self._keys = Keys.wanted(settings.keys_file, settings.require_key)
+        self._traffic = settings.traffic
+        self._shadows: set[asyncio.Task[None]] = set()  # the loop itself holds tasks only weakly
+        self._dice = random.Random()
+        worker = ThreadPoolExecutor(1, "model")  # one: more would share the same cores
+        self._models: dict[str, dict[str, Served]] = {}
+        for folder in settings.bundles:
+            served = Served(folder, settings, self._meter, worker)
+            if served.version in self._models.setdefault(served.name, {}):
+                raise UserError(f"{folder}: {served.name}@{served.version} is given twice")
+            self._models[served.name][served.version] = served
+        self._default = settings.default or next(iter(self._models))
+        if self._default not in self._models:
+            raise UserError(f"default {self._default!r} is none of {', '.join(self._models)}")
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # what serve.ingress() asks for
+        return make_api(self, self._settings.limits, self._keys, self._meter)
+
+    def reconfigure(self, traffic: dict[str, Any]) -> None:
+        """Another split of traffic, without a restart."""
+        wanted = Traffic.model_validate(traffic)
+        for name, version in [
+            *((name, version) for name, shares in wanted.shares.items() for version in shares),
+            *wanted.shadow.items(),
+        ]:
+            if version not in self._models.get(name, {}):
+                raise UserError(f"traffic: {name}@{version} is not among the bundles")
+        self._traffic = wanted
+
+    def pick(self, model: str | None) -> Served:
+        name, _, version = (model or self._default).partition("@")
+        versions = self._models[name]
+        if version:
+            return versions[version]
+        shares = self._shares(name)
+        return versions[self._dice.choices(list(shares), list(shares.values()))[0]]
+
+    def shadow(
+        self, student: Student, texts: list[str], choices: list[list[str] | None], made: list[Prediction]
+    ) -> None:
+        version = self._traffic.shadow.get(student.name)
+        room = len(self._shadows) < self._settings.ongoing  # a slow shadow misses some rather than fall behind
+        if version is not None and version != student.version and room:
+            beside = self._models[student.name][version]
+            task = asyncio.get_running_loop().create_task(self._compare(beside, texts, choices, made))
+            self._shadows.add(task)
+            task.add_done_callback(self._shadows.discard)
+
+    async def _compare(
+        self, beside: Served, texts: list[str], choices: list[list[str] | None], made: list[Prediction]
+    ) -> None:
+        other = await beside.answer(texts, choices, scores=False)
+        for served, shadow in zip(made, other, strict=True):
+            self._meter.shadowed(beside.name, beside.version, beside.task.same(served.label, shadow.label))
+
+    def listed(self) -> list[tuple[Student, float]]:
+        names = sorted(self._models, key=lambda name: name != self._default)
+        return [
+            (served, self._shares(name).get(version, 0.0))
+            for name in names
+            for version, served in self._models[name].items()
+        ]
+
+    def _shares(self, name: str) -> dict[str, float]:
+        return self._traffic.shares.get(name) or {list(self._models[name])[-1]: 1.0}
+
+
+def build(args: Settings) -> serve.Application:
+    """The application; Serve validates `args`.
+
+    Raises:
+        UserError: a key is asked for and none is given.
+    """
+    Keys.wanted(args.keys_file, args.require_key)
+    low, high = args.replicas
+    scaling = AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=args.ongoing / 2)
+    deployment = serve.deployment(
+        serve.ingress()(App),
+        name="students",
+        autoscaling_config=scaling if high > low else None,
+        num_replicas=None if high > low else low,
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
+        max_ongoing_requests=args.ongoing,
+        max_queued_requests=args.queued,
+        backpressure_config=BackpressureConfig(retry_after_s=_RETRY_AFTER_S),
+        graceful_shutdown_timeout_s=args.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=2,
+        user_config=args.traffic.model_dump(),
+    )
+    return deployment.bind(args)

@@ -1,0 +1,68 @@
+"""What the application is told: `args` of serve/config.yaml, or the options of `distill serve`."""
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(_Frozen):
+    """What one request may bring."""
+
+    body_bytes: int = Field(default=2**20, ge=1)
+    inputs: int = Field(default=256, ge=1)
+    characters: int = Field(default=20_000, ge=1, description="of one input")
+
+
+class Traffic(_Frozen):
+    """Which version of a model answers; `user_config` of the deployment, so that it changes without a restart."""
+
+    shares: dict[str, dict[str, Share]] = Field(
+        default={}, description="model -> version -> its share of requests; by default the last version has all"
+    )
+    shadow: dict[str, str] = Field(
+        default={}, description="model -> version that answers besides; compared and counted, never returned"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for name, shares in self.shares.items():
+            if abs(sum(shares.values()) - 1) > 1e-6:
+                raise ValueError(f"shares of {name} add up to {sum(shares.values()):g}, not 1")
+        return self
+
+
+class Settings(_Frozen):
+    """The arguments of `serve.app:build`."""
+
+    bundles: tuple[str, ...] = Field(min_length=1, description="folders of exported bundles, on every node")
+    default: str | None = Field(
+        default=None, description="the model that answers where none is named; by default the first"
+    )
+    require_key: bool = Field(default=True, description="whether /v1/ asks for an API key")
+    keys_file: str | None = Field(default=None, description="hashes of API keys, see serve/keys.py")
+    limits: Limits = Limits()
+    traffic: Traffic = Traffic()
+    batch_tokens: int = Field(default=4096, ge=1, description="tokens that go through the model at once, at most")
+    batch_wait_s: float = Field(default=0.0, ge=0, description="wait for a batch to fill; without load it only delays")
+    # resources
+    replicas: tuple[int, int] = Field(default=(1, 1), description="[min, max]; between them by ongoing requests")
+    cpus: float = Field(default=1, gt=0, description="of one replica, and threads of its model")
+    gpus: float = Field(default=0, ge=0)
+    ongoing: int = Field(default=128, ge=1, description="requests that one replica works on at once")
+    queued: int = Field(
+        default=256, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After"
+    )
+    drain_s: float = Field(default=30, gt=0, description="for requests under way, when a replica is stopped")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        low, high = self.replicas
+        if not 1 <= low <= high:
+            raise ValueError(f"replicas must be [min, max] with 1 <= min <= max, not [{low}, {high}]")
+        return self
