@@ -44,7 +44,7 @@ def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -
     if next(dataset.iter_rows(settings.split), None) is None:
         raise UserError(f"{dataset.uri}: the {settings.split} split is empty; give source.{settings.split}")
     right: dict[Run, list[bool]] = {run: [] for run, _ in todo}
-    with ray_session(), ExitStack() as stack:
+    with ray_session(line.recipe.storage), ExitStack() as stack:
         writers = {run.name: (run, stack.enter_context(a.writer("predictions", PREDICTIONS))) for run, a in todo}
         for batch in _predictions(line, dataset, {run.name: line.student(run) for run, _ in todo}):
             for row in batch.to_pylist():

@@ -84,7 +84,10 @@ def ask(line: Lineage, asking: Asking) -> Row | None:
         if not count:
             return None
         try:
-            with ray_session(), Meter(line.recipe, asking.artifact, count, Metrics(line.recipe.name)) as meter:
+            with (
+                ray_session(line.recipe.storage),
+                Meter(line.recipe, asking.artifact, count, Metrics(line.recipe.name)) as meter,
+            ):
                 for report in _stream(line, asking, done, meter.allowed):
                     meter.add(report)
         except Exception as error:

@@ -49,7 +49,7 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
         say(f"  left out: {lack}")
     if todo:
         with (
-            ray_session(),
+            ray_session(line.recipe.storage),
             _messages([run.name for run in todo], student.steps) as messages,
             ThreadPoolExecutor(_room(student)) as pool,
         ):

@@ -1,0 +1,183 @@
+"""Jobs on a real Ray head that has no CPU to lend and wants a token."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = pytest.mark.ray
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[dict[str, str]]:
+    """The environment of a client: where the head's dashboard is, and its token."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie in it
+    dashboard = free_port()
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "NO_PROXY": "127.0.0.1,localhost"}
+    options: dict[str, object] = {
+        "port": 0,
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": free_port(),
+        "num-cpus": 0,
+    }
+    options |= {"temp-dir": folder, "ray-client-server-port": free_port(), "min-worker-port": 0, "max-worker-port": 0}
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
+    with open(f"{folder}/log", "wb") as log:
+        process = subprocess.Popen(
+            command + [f"--{name}={value}" for name, value in options.items()],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.time() + 120
+    while not answers(f"{address}/api/version"):
+        assert process.poll() is None, Path(folder, "log").read_text()
+        assert time.time() < deadline, Path(folder, "log").read_text()
+        time.sleep(0.5)
+    yield environment | {"RAY_API_SERVER_ADDRESS": address, "FOLDER": folder}
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    process.wait(timeout=60)
+    _, left = psutil.wait_procs(family, timeout=20)
+    for one in left:
+        one.kill()
+    shutil.rmtree(folder)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5)
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A user's folder, with 40 rows and the texts of a teacher."""
+    folder = tmp_path / "project"
+    for name in ("models", "runs", ".venv"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "large").write_bytes(bytes(100))
+    rows = [{"text": f"Day {n}.", "label": ("good", "bad")[n % 2]} for n in range(40)]
+    texts = [f"It was a {row['label']} day, they say. So the answer is {row['label']}." for row in rows]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "texts.json").write_text(json.dumps(texts))
+    task = {"name": "days", "input": "{text}", "answer": {"kind": "choice", "labels": ["good", "bad"]}}
+    (folder / "task.yaml").write_text(yaml.safe_dump(task))
+    recipe = {
+        "name": f"days-{tmp_path.name}",
+        "storage": str(tmp_path / "storage"),
+        "task": "task.yaml",
+        "source": {"train": "rows.jsonl"},
+        "teacher": {"engine": "outputs", "outputs": {"train": "texts.json"}},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def distill(head: dict[str, str], project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    return subprocess.run(command, cwd=project, env=head, capture_output=True, text=True, timeout=180)
+
+
+def job_id(ran: subprocess.CompletedProcess[str]) -> str:
+    found = re.search(r"^job (\S+): ", ran.stdout, re.MULTILINE)
+    assert found, ran.stdout + ran.stderr
+    return found[1]
+
+
+def test_a_stage_is_sent_followed_to_its_end_and_sent_again_it_does_nothing(
+    head: dict[str, str], project: Path, tmp_path: Path
+) -> None:
+    first = distill(head, project, "submit", "rationales", "recipe.yaml")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert re.search(r"accepted\D+40", first.stdout), first.stdout
+    assert "Traceback" not in first.stderr
+    manifests = list((tmp_path / "storage").glob("*/rationales/*/manifest.json"))
+    assert len(manifests) == 1
+    assert json.loads(manifests[0].read_text())["funnel"] == {"train": {"accepted": 40}}
+    uploaded = [path.parent for path in Path(head["FOLDER"]).rglob("working_dir_files/*/recipe.yaml")]
+    assert uploaded
+    assert {path.name for path in uploaded[0].iterdir()} == {"recipe.yaml", "rows.jsonl", "task.yaml", "texts.json"}
+    written = manifests[0].stat().st_mtime_ns
+    again = distill(head, project, "submit", "rationales", "recipe.yaml", "--json")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "done before, skipped" in again.stderr
+    assert json.loads(again.stdout.splitlines()[-1]) == {"job": f"{job_id(first)[:-1]}2", "exit_code": 0}
+    assert manifests[0].stat().st_mtime_ns == written
+
+
+def test_a_job_under_way_is_joined(head: dict[str, str], project: Path) -> None:
+    began = distill(head, project, "submit", "rationales", "recipe.yaml", "--detach")
+    joined = distill(head, project, "submit", "rationales", "recipe.yaml")
+    assert (began.returncode, joined.returncode) == (0, 0), joined.stdout + joined.stderr
+    assert f"job {job_id(began)}: under way already, joined" in joined.stdout
+    assert f"job {job_id(began)}: succeeded with exit code 0" in joined.stdout
+    assert "funnel" in distill(head, project, "job", "logs", job_id(began)).stdout.lower()
+
+
+def test_a_job_that_fails_gives_its_sentence_and_its_exit_code(head: dict[str, str], project: Path) -> None:
+    failed = distill(head, project, "submit", "rationales", "recipe.yaml", "--set", "source.train=absent.jsonl")
+    assert failed.returncode == 2
+    assert "distill: absent.jsonl: no such file" in failed.stdout
+    assert "failed with exit code 2" in failed.stdout
+    status = distill(head, project, "job", "status", job_id(failed), "--json")
+    assert json.loads(status.stdout) == {"job": job_id(failed), "status": "FAILED", "exit_code": 2}
+    assert distill(head, project, "job", "logs", job_id(failed), "--follow").returncode == 2
+
+
+def test_a_job_is_stopped_and_the_same_again_goes_on(head: dict[str, str], project: Path) -> None:
+    began = distill(head, project, "submit", "rationales", "recipe.yaml", "--detach")
+    assert "is being stopped" in distill(head, project, "job", "stop", job_id(began)).stdout
+    assert distill(head, project, "job", "logs", job_id(began), "--follow").returncode != 0
+    assert "stopped" in distill(head, project, "job", "status", job_id(began)).stdout
+    again = distill(head, project, "submit", "rationales", "recipe.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"after {job_id(began)} stopped" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("token", "arguments", "sentence"),
+    [
+        ("another", ["job", "status", "any"], "refused without the cluster's token"),
+        ("", ["job", "status", "any"], "refused without the cluster's token"),
+        (None, ["job", "status", "any"], "job any: the cluster knows of none with this id"),
+        (None, ["submit", "run", "recipe.yaml", "--set", "storage=runs"], "storage 'runs': would lie in the job's own"),
+        (None, ["submit", "run", "recipe.yaml", "--set", "task=absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_sentence(
+    head: dict[str, str], project: Path, token: str | None, arguments: list[str], sentence: str
+) -> None:
+    environment = head if token is None else head | {"RAY_AUTH_TOKEN": token, "HOME": str(project)}
+    refused = distill(environment, project, *arguments)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert sentence in refused.stderr
