@@ -76,6 +76,7 @@ def _predictions(line: Lineage, dataset: Artifact, students: dict[str, Artifact]
         compute=ray.data.ActorPoolStrategy(size=settings.replicas),
         num_cpus=settings.cpus,
         num_gpus=settings.gpus,
+        label_selector=settings.node_labels or None,
     )
     yield from scored.iter_batches(batch_format="pyarrow", batch_size=None)
 

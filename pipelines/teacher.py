@@ -177,6 +177,7 @@ def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[R
         ),
         num_cpus=teacher.cpus if not teacher.endpoint else 1,
         num_gpus=teacher.gpus,
+        label_selector=teacher.node_labels or None,
     )
     yield from reports.iter_rows()
 

@@ -141,6 +141,7 @@ def _fit(line: Lineage, run: Run, artifact: Artifact, messages: Any) -> dict[str
             num_workers=student.workers,
             use_gpu=student.gpus > 0,
             resources_per_worker={"CPU": student.cpus, **({"GPU": student.gpus} if student.gpus else {})},
+            label_selector=student.node_labels or None,
         ),
         run_config=RunConfig(
             name=_RAY,  # a name that stays, by which Ray Train finds its checkpoints again

@@ -3,104 +3,29 @@
 import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-import yaml
+
+from cluster.local import Node, cluster_folder, free_port
 
 pytestmark = pytest.mark.ray
-
-BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
     """The environment of a client: where the head's dashboard is, and its token."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie in it
-    dashboard = free_port()
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "NO_PROXY": "127.0.0.1,localhost"}
-    options: dict[str, object] = {
-        "port": 0,
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": free_port(),
-        "num-cpus": 0,
-    }
-    options |= {"temp-dir": folder, "ray-client-server-port": free_port(), "min-worker-port": 0, "max-worker-port": 0}
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
-    with open(f"{folder}/log", "wb") as log:
-        process = subprocess.Popen(
-            command + [f"--{name}={value}" for name, value in options.items()],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.time() + 120
-    while not answers(f"{address}/api/version"):
-        assert process.poll() is None, Path(folder, "log").read_text()
-        assert time.time() < deadline, Path(folder, "log").read_text()
-        time.sleep(0.5)
-    yield environment | {"RAY_API_SERVER_ADDRESS": address, "FOLDER": folder}
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    process.wait(timeout=60)
-    _, left = psutil.wait_procs(family, timeout=20)
-    for one in left:
-        one.kill()
-    shutil.rmtree(folder)
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5)
-    except urllib.error.HTTPError as error:
-        return error.code in (401, 403)
-    except OSError:
-        return False
-    return True
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A user's folder, with 40 rows and the texts of a teacher."""
-    folder = tmp_path / "project"
-    for name in ("models", "runs", ".venv"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "large").write_bytes(bytes(100))
-    rows = [{"text": f"Day {n}.", "label": ("good", "bad")[n % 2]} for n in range(40)]
-    texts = [f"It was a {row['label']} day, they say. So the answer is {row['label']}." for row in rows]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "texts.json").write_text(json.dumps(texts))
-    task = {"name": "days", "input": "{text}", "answer": {"kind": "choice", "labels": ["good", "bad"]}}
-    (folder / "task.yaml").write_text(yaml.safe_dump(task))
-    recipe = {
-        "name": f"days-{tmp_path.name}",
-        "storage": str(tmp_path / "storage"),
-        "task": "task.yaml",
-        "source": {"train": "rows.jsonl"},
-        "teacher": {"engine": "outputs", "outputs": {"train": "texts.json"}},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "NO_PROXY": "127.0.0.1,localhost"}
+    port = free_port()
+    with (
+        cluster_folder() as folder,
+        Node(folder, environment=environment, include_dashboard="true", dashboard_port=port) as node,
+    ):
+        node.wait()
+        yield os.environ | environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "FOLDER": str(folder)}
 
 
 def distill(head: dict[str, str], project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
