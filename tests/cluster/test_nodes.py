@@ -1,10 +1,9 @@
-"""A worker node dies without a word, in the middle of a stage: the result is the same, and little is done twice.
+"""Nodes that die without a word, that do not share the storage, that are for one stage only.
 
-`pytest tests/cluster/test_loss.py -s` prints what was done twice and how long it took.
+`pytest tests/cluster/test_nodes.py -s` prints what was done twice and how long it took.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -55,21 +54,21 @@ class Running:
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """Starts commands, none of which outlives the test."""
-    runs: list[Running] = []
+    started: list[Running] = []
 
     def start(*arguments: str) -> Running:
-        runs.append(Running(tmp_path / f"log-{len(runs)}", *arguments))
-        return runs[-1]
+        started.append(Running(tmp_path / f"log-{len(started)}", *arguments))
+        return started[-1]
 
     yield start
-    for running in runs:
+    for running in started:
         if running.process.poll() is None:
             running.process.kill()
             running.process.wait()
 
 
-def has_engine(node: Node) -> bool:
-    return any("Asker" in " ".join(p.cmdline()) for p in node.process.children(recursive=True))
+def runs(node: Node, actor: str) -> bool:
+    return any(actor in " ".join(process.cmdline()) for process in node.process.children(recursive=True))
 
 
 def told(line: Lineage) -> list[tuple[Any, ...]]:
@@ -96,7 +95,7 @@ def test_a_node_with_an_engine_dies(
     undisturbed = run("rationales", "quickstart", *overrides("whole")).end()
     broken = run("rationales", "quickstart", *overrides("broken"))
     broken.wait_until(lambda: len(keys_on_disk(lines[1].generations)) >= ASKED // 4)
-    victim = next(node for node in nodes if has_engine(node))
+    victim = next(node for node in nodes if runs(node, "Asker"))
     at = time.time() - broken.start
     victim.kill()
     if replaced:
@@ -156,15 +155,60 @@ def steps(line: Lineage) -> int:
     return max(reached)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="hiding a folder from a node needs a privilege that is not here")
-def test_a_folder_that_a_node_does_not_share_is_refused(
-    tmp_path: Path, add_node: Callable[..., Node], run: Callable[..., Running]
+def test_stages_keep_to_the_nodes_that_bear_their_labels(
+    tmp_path: Path,
+    project: Path,
+    add_node: Callable[..., Node],
+    run: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A node in a mount namespace of its own, where the storage is another disk."""
+    monkeypatch.chdir(project)
+    teaching, training = (add_node(labels=f"distill/role={role}") for role in ("teacher", "training"))
+    storage = f"storage={tmp_path / 'storage'}"
+    for_teacher = [storage, "source.limit=20", "teacher.replicas=[1, 2]", "teacher.node_labels={distill/role: teacher}"]
+    line = Lineage(load_recipe("quickstart", for_teacher))
+    asked = run("rationales", "quickstart", *for_teacher)
+    asked.wait_until(lambda: len(keys_on_disk(line.generations)) > 0)
+    assert (runs(teaching, "Asker"), runs(training, "Asker")) == (True, False)
+    asked.end()
+    overrides = [storage, *STUDENT, "student.workers=1", "student.node_labels={distill/role: training}"]
+    for stage in ("rationales", "dataset"):
+        run(stage, "recipe.yaml", *overrides).end()
+    trained = run("train", "recipe.yaml", *overrides)
+    trained.wait_until(lambda: steps(Lineage(load_recipe("recipe.yaml", overrides))) > 0)
+    assert (runs(teaching, "RayTrainWorker"), runs(training, "RayTrainWorker")) == (False, True)
+    trained.end()
+
+
+@pytest.fixture
+def add_blind_node(tmp_path: Path, add_node: Callable[..., Node]) -> Callable[[], Node]:
+    """Adds a node for which `storage` is another disk: it lives in a mount namespace of its own."""
     storage = tmp_path / "storage"
     storage.mkdir()
+    hidden = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {storage} && exec "$@"', "sh"]
+    if subprocess.run([*hidden, "true"], check=False).returncode:
+        pytest.skip("hiding a folder from a node needs a privilege that is not here")
+    return lambda: add_node(before=hidden)
+
+
+def test_a_folder_that_a_node_does_not_share_is_refused(
+    tmp_path: Path, add_node: Callable[[], Node], add_blind_node: Callable[[], Node], run: Callable[..., Running]
+) -> None:
     add_node()
-    add_node(before=["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {storage} && exec "$@"', "sh"])
-    refused = run("rationales", "quickstart", f"storage={storage}", "source.limit=4")
+    add_blind_node()
+    refused = run("rationales", "quickstart", f"storage={tmp_path}/storage", "source.limit=4")
     assert refused.process.wait(timeout=120) == 2, refused.log.read_text()
-    assert f"storage {storage}: 1 of 3 nodes do not share this folder" in refused.log.read_text()
+    assert f"storage {tmp_path}/storage: 1 of 3 nodes do not share this folder" in refused.log.read_text()
+
+
+def test_a_node_that_comes_later_and_does_not_share_the_folder_ends_the_run(
+    tmp_path: Path, add_node: Callable[[], Node], add_blind_node: Callable[[], Node], run: Callable[..., Running]
+) -> None:
+    overrides = [f"storage={tmp_path}/storage", "source.limit=4", "teacher.replicas=[1, 1]"]
+    waiting = run("rationales", "quickstart", *overrides)
+    line = Lineage(load_recipe("quickstart", overrides))
+    waiting.wait_until(lambda: Path(line.generations.path(".lease")).exists())
+    time.sleep(15)  # by then it waits for a CPU
+    add_blind_node()
+    assert waiting.process.wait(timeout=180) == 2, waiting.log.read_text()
+    assert "does not share this folder" in waiting.log.read_text()
