@@ -141,7 +141,13 @@ def test_serve_takes_the_endpoints_configuration() -> None:
 
     schema = ServeDeploySchema.model_validate(yaml.safe_load(load("rayservice.yaml")["spec"]["serveConfigV2"]))
     assert [application.import_path for application in schema.applications] == ["serve.app:build"]
-    assert schema.applications[0].args["bundles"][0]["path"].startswith("s3://")
+    arguments = schema.applications[0].args
+    pods = [
+        group["template"]["spec"] for group in load("rayservice.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    ]
+    mounts = {mount["mountPath"] for pod in pods for mount in pod["containers"][0]["volumeMounts"]}
+    assert {str(Path(bundle).parent) for bundle in arguments["bundles"]} <= mounts
+    assert arguments["cpus"] < int(pods[0]["containers"][0]["resources"]["requests"]["cpu"])
 
 
 @pytest.mark.slow
