@@ -68,6 +68,7 @@ def _predictions(line: Lineage, dataset: Artifact, students: dict[str, Artifact]
 
     settings = line.recipe.evaluate
     rows = ray.data.read_parquet(dataset.path(settings.split), filesystem=None if dataset.local else dataset.fs)
+    rows.context.execution_options.label_selector = settings.node_labels or None
     scored = rows.map_batches(
         _Scorer,
         fn_constructor_args=(students,),
@@ -76,7 +77,6 @@ def _predictions(line: Lineage, dataset: Artifact, students: dict[str, Artifact]
         compute=ray.data.ActorPoolStrategy(size=settings.replicas),
         num_cpus=settings.cpus,
         num_gpus=settings.gpus,
-        label_selector=settings.node_labels or None,
     )
     yield from scored.iter_batches(batch_format="pyarrow", batch_size=None)
 

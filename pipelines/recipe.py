@@ -23,7 +23,7 @@ def _as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
-_NODES = "only on nodes of a cluster that bear these labels, e.g. {distill/role: teacher}"
+_NODES = "only on nodes of a cluster that bear these labels, e.g. {ray-subcluster: teacher}"
 _T = TypeVar("_T")
 _OneOrMore = Annotated[tuple[_T, ...], Field(min_length=1), BeforeValidator(_as_list)]
 

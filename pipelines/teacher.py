@@ -168,7 +168,9 @@ def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[R
     batches = list(_batches(line, asking, done, limit))
     if not batches:
         return
-    reports = ray.data.from_items(batches, override_num_blocks=len(batches)).map_batches(
+    items = ray.data.from_items(batches, override_num_blocks=len(batches))
+    items.context.execution_options.label_selector = teacher.node_labels or None  # of the nodes it asks for, too
+    reports = items.map_batches(
         Asker,
         fn_constructor_args=(asking, line.examples, line.task, line.recipe.curate),
         batch_format="pyarrow",
@@ -178,7 +180,6 @@ def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[R
         ),
         num_cpus=teacher.cpus if not teacher.endpoint else 1,
         num_gpus=teacher.gpus,
-        label_selector=teacher.node_labels or None,
     )
     yield from reports.iter_rows()
 

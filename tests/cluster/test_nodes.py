@@ -163,15 +163,20 @@ def test_stages_keep_to_the_nodes_that_bear_their_labels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(project)
-    teaching, training = (add_node(labels=f"distill/role={role}") for role in ("teacher", "training"))
+    teaching, training = (add_node(labels=f"ray-subcluster={role}") for role in ("teacher", "training"))
     storage = f"storage={tmp_path / 'storage'}"
-    for_teacher = [storage, "source.limit=20", "teacher.replicas=[1, 2]", "teacher.node_labels={distill/role: teacher}"]
+    for_teacher = [
+        storage,
+        "source.limit=20",
+        "teacher.replicas=[1, 2]",
+        "teacher.node_labels={ray-subcluster: teacher}",
+    ]
     line = Lineage(load_recipe("quickstart", for_teacher))
     asked = run("rationales", "quickstart", *for_teacher)
     asked.wait_until(lambda: len(keys_on_disk(line.generations)) > 0)
     assert (runs(teaching, "Asker"), runs(training, "Asker")) == (True, False)
     asked.end()
-    overrides = [storage, *STUDENT, "student.workers=1", "student.node_labels={distill/role: training}"]
+    overrides = [storage, *STUDENT, "student.workers=1", "student.node_labels={ray-subcluster: training}"]
     for stage in ("rationales", "dataset"):
         run(stage, "recipe.yaml", *overrides).end()
     trained = run("train", "recipe.yaml", *overrides)
