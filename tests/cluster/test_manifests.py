@@ -99,6 +99,15 @@ def test_a_cluster_is_behind_a_token_and_its_head_does_no_work() -> None:
                 assert not {"env"} & container.keys(), "secrets are given by reference"
 
 
+def test_what_is_mounted_is_there() -> None:
+    """/dev/shm is the operator's own doing."""
+    for cluster in clusters():
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            pod = group["template"]["spec"]
+            mounted = {mount["name"] for container in pod["containers"] for mount in container.get("volumeMounts", [])}
+            assert mounted == {volume["name"] for volume in pod.get("volumes", [])}, group.get("groupName", "head")
+
+
 def test_what_the_operator_refuses_beyond_its_schema() -> None:
     """ValidateRayJobSpec in ray-operator/controllers/ray/utils/validation.go of 1.7.0."""
     job = load("rayjob.yaml")["spec"]
