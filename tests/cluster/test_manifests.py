@@ -168,3 +168,18 @@ def test_ray_up_takes_the_cloud_configuration() -> None:
     assert config["available_node_types"]["teacher"]["labels"]["ray.io/market-type"] == "spot"
     with pytest.raises(jsonschema.ValidationError):
         validate_config(config | {"max_worker": 1})
+
+
+def test_the_dashboard_shows_series_that_are_written() -> None:
+    text = (CLUSTER / "grafana.json").read_text()
+    shown = {re.sub("_(total|sum|count|bucket)$", "", name) for name in re.findall(r"ray_(distill_\w+)", text)}
+    folders = [folder for folder in ("pipelines", "serve") if (ROOT / folder).is_dir()]
+    written = {
+        name
+        for folder in folders
+        for path in (ROOT / folder).glob("*.py")
+        for name in re.findall(r'"(distill_[a-z_]+)", "', path.read_text())
+    }
+    assert written & shown
+    if "serve" in folders:
+        assert shown <= written
