@@ -165,10 +165,11 @@ def _room(student: Student) -> int:
     """How many students the cluster can train at once."""
     import ray
 
-    total = ray.cluster_resources()
-    room = total.get("CPU", 0) // (student.workers * student.cpus)
+    labels = student.node_labels.items()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and labels <= node["Labels"].items()]
+    room = sum(node.get("CPU", 0) for node in nodes) // (student.workers * student.cpus)
     if student.gpus:
-        room = min(room, total.get("GPU", 0) // (student.workers * student.gpus))
+        room = min(room, sum(node.get("GPU", 0) for node in nodes) // (student.workers * student.gpus))
     return max(1, int(room))
 
 
