@@ -47,7 +47,6 @@ class Job:
     force: bool
     resolved: dict[str, Any]
 
-    @property
     def entrypoint(self) -> str:
         """The command line on the cluster.
 
@@ -112,7 +111,7 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
     Raises:
         UserError: as `Job.entrypoint`, or the working directory is too large.
     """
-    entrypoint = job.entrypoint
+    entrypoint = job.entrypoint()
     earlier = {n: info for info in client.list_jobs() if (n := _number(job.series, info.submission_id)) is not None}
     last = max(earlier, default=0)
     if last and not earlier[last].status.is_terminal():

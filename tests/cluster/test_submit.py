@@ -27,12 +27,12 @@ def test_the_cluster_reads_the_command_as_it_was_given(
     Path("my recipes").mkdir()
     (tmp_path / "my recipes" / "a.yaml").touch()
     overrides = ["runs=[{arm: standard, seed: [0, 1]}]", "teacher.model=it's $HOME"]
-    read, parameters = parsed(job(stage, str(tmp_path / "my recipes" / "a.yaml"), *overrides).entrypoint)
+    read, parameters = parsed(job(stage, str(tmp_path / "my recipes" / "a.yaml"), *overrides).entrypoint())
     assert (read, parameters["recipe"], parameters["set_"]) == (stage, "my recipes/a.yaml", overrides)
 
 
 def test_force_goes_along(parsed: Parsed) -> None:
-    assert parsed(Job("train", "quickstart", (), True, {"storage": "/shared"}).entrypoint)[1]["force"] is True
+    assert parsed(Job("train", "quickstart", (), True, {"storage": "/shared"}).entrypoint())[1]["force"] is True
 
 
 def test_a_recipe_that_would_not_be_uploaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,13 +40,13 @@ def test_a_recipe_that_would_not_be_uploaded_is_refused(tmp_path: Path, monkeypa
     (tmp_path / "recipe.yaml").touch()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match=r"\.\./recipe\.yaml: lies outside of .*here, which is uploaded"):
-        _ = job("run", "../recipe.yaml").entrypoint
+        job("run", "../recipe.yaml").entrypoint()
 
 
 @pytest.mark.parametrize("storage", ["runs", "./runs", "~/runs"])
 def test_storage_that_would_vanish_with_the_job_is_refused(storage: str) -> None:
     with pytest.raises(UserError, match=rf"storage '{storage}': would lie in the job's own folder"):
-        _ = job(storage=storage).entrypoint
+        job(storage=storage).entrypoint()
 
 
 def test_a_series_is_of_one_stage_of_one_recipe_with_its_overrides() -> None:
