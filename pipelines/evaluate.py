@@ -51,7 +51,7 @@ def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -
     start = time.time()
     if next(dataset.iter_rows(settings.split), None) is None:
         raise UserError(f"{dataset.uri}: the {settings.split} split is empty; give source.{settings.split}")
-    with ray_session():
+    with ray_session(line.recipe.storage):
         for group in _together(line, todo):
             _evaluate(line, dataset, group, start)
     return artifacts
@@ -98,6 +98,7 @@ def _predictions(line: Lineage, dataset: Artifact, students: dict[str, Artifact]
 
     settings = line.recipe.evaluate
     rows = ray.data.read_parquet(dataset.path(settings.split), filesystem=None if dataset.local else dataset.fs)
+    rows.context.execution_options.label_selector = settings.node_labels or None
     scored = rows.map_batches(
         _Scorer,
         fn_constructor_args=(students,),

@@ -51,6 +51,7 @@ _STUDENT_RESOURCES = {
     "gradient_accumulation",
     "local_files_only",
     "max_failures",
+    "node_labels",
     "trackers",
     "workers",
     "zero_stage",

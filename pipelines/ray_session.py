@@ -3,19 +3,29 @@
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.artifact import open_path
 from pipelines.console import console
+from pipelines.errors import UserError
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(storage: str | None = None) -> Iterator[None]:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine and stop it afterwards.
+
+    A cluster must reach the storage that is given from every node.
 
     One that we start has token authentication on, unless `RAY_AUTH_MODE` says otherwise. Within another
     session it does nothing. `DISTILL_WORKER_LOGS=1` shows what the workers print.
+
+    Raises:
+        UserError: the storage is a folder that some node does not share.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     # DeepSpeed compiles with the ninja that lies beside this Python, activated or not
@@ -39,6 +49,40 @@ def ray_session() -> Iterator[None]:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
+        if storage is not None:
+            _check_shared(storage)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_shared(storage: str) -> None:
+    """A local folder must be the same one on every node: a file that is written here is looked for there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    fs, folder = open_path(storage)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if not isinstance(fs, LocalFileSystem) or len(nodes) == 1:
+        return
+    marker = Path(folder) / f".{uuid.uuid4().hex}"
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+    try:
+        seen = ray.get(
+            [
+                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    str(marker.absolute())
+                )
+                for node in nodes
+            ]
+        )
+    finally:
+        marker.unlink()
+    blind = [node["NodeManagerAddress"] for node, there in zip(nodes, seen, strict=True) if not there]
+    if blind:
+        raise UserError(
+            f"storage {storage}: {len(blind)} of {len(nodes)} nodes do not share this folder ({blind[0]}, for one); "
+            "give a URI such as s3://bucket/prefix, or a folder that all share"
+        )

@@ -26,6 +26,7 @@ def _as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
+_NODES = "only on nodes of a cluster that bear these labels, e.g. {ray-subcluster: teacher}"
 _T = TypeVar("_T")
 _OneOrMore = Annotated[tuple[_T, ...], Field(min_length=1), BeforeValidator(_as_list)]
 
@@ -133,6 +134,7 @@ class Teacher(_Frozen):
     gpus: int = Field(default=0, ge=0, description="GPUs of one engine; 0 runs vLLM's CPU build")
     pipeline_parallel: int = Field(default=1, ge=1, description="stages of one engine; the rest of gpus splits tensors")
     cpus: float = Field(default=1, gt=0, description="CPUs of one engine")
+    node_labels: dict[str, str] = Field(default={}, description=_NODES)
     batch_size: int = Field(default=256, ge=1, description="rows that one engine has under way; a kill loses no more")
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     kv_cache_gb: float = Field(default=1.0, gt=0, description="KV cache of one engine on CPU, GiB")
@@ -247,6 +249,7 @@ class Student(_Frozen):
     workers: int = Field(default=1, ge=1)
     gpus: int = Field(default=0, ge=0, le=1, description="GPUs of one worker")
     cpus: float = Field(default=1, gt=0, description="CPUs of one worker")
+    node_labels: dict[str, str] = Field(default={}, description=_NODES)
     gradient_accumulation: int = Field(default=1, ge=1, description="parts that a worker takes its batch in")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between two checkpoints to continue from")
     checkpoint_minutes: float | None = Field(default=None, gt=0, description="at most so long between two checkpoints")
@@ -384,6 +387,7 @@ class Evaluate(_Frozen):
     replicas: int = Field(default=1, ge=1)
     cpus: float = Field(default=1, gt=0)
     gpus: int = Field(default=0, ge=0)
+    node_labels: dict[str, str] = Field(default={}, description=_NODES)
     resamples: int = Field(default=2000, ge=100, description="of the bootstrap")
 
 

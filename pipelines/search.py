@@ -41,7 +41,7 @@ def search_students(line: Lineage, force: bool = False) -> Artifact:
     artifact = line.search
     if artifact.begin(force, go_on=True):
         start = time.time()
-        with artifact.lease(), ray_session():
+        with artifact.lease(), ray_session(line.recipe.storage):
             trials = _try(line, points, artifact)
             chosen = choose(trials)
             if not chosen:

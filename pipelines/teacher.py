@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import threading
 import time
 import uuid
@@ -84,7 +85,10 @@ def ask(line: Lineage, asking: Asking) -> Row | None:
         if not count:
             return None
         try:
-            with ray_session(), Meter(line.recipe, asking.artifact, count, Metrics(line.recipe.name)) as meter:
+            with (
+                ray_session(line.recipe.storage),
+                Meter(line.recipe, asking.artifact, count, Metrics(line.recipe.name)) as meter,
+            ):
                 for report in _stream(line, asking, done, meter.allowed):
                     meter.add(report)
         except Exception as error:
@@ -164,7 +168,9 @@ def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[R
     batches = list(_batches(line, asking, done, limit))
     if not batches:
         return
-    reports = ray.data.from_items(batches, override_num_blocks=len(batches)).map_batches(
+    items = ray.data.from_items(batches, override_num_blocks=len(batches))
+    items.context.execution_options.label_selector = teacher.node_labels or None  # of the nodes it asks for, too
+    reports = items.map_batches(
         Asker,
         fn_constructor_args=(asking, line.examples, line.task, line.recipe.curate),
         batch_format="pyarrow",
@@ -193,9 +199,8 @@ class Asker:
     def __call__(self, table: pa.Table) -> dict[str, list[Any]]:
         """A batch, as `_batches` makes them, → reports of what became of it."""
         [batch] = table.to_pylist()
-        columns = ["row_id", "split", "input", "choices", "label"]
-        rows = pq.read_table(batch["part"], columns=columns, filesystem=self.examples.fs).take(batch["rows"])
         try:
+            rows = self._read(batch["part"]).take(batch["rows"])
             reports = [*self._answer(rows.append_column("sample", pa.array(batch["samples"], pa.int32())))]
         except (UserError, OSError) as error:
             stop = _ours(error, self.asking.artifact)
@@ -203,6 +208,16 @@ class Asker:
                 raise
             reports = [self._report([], []) | {"stop": str(stop)}]  # Ray Data would lose what kind of error it is
         return {column: [report[column] for report in reports] for column in reports[0]}
+
+    def _read(self, part: str) -> pa.Table:
+        columns = ["row_id", "split", "input", "choices", "label"]
+        try:
+            return pq.read_table(part, columns=columns, filesystem=self.examples.fs)
+        except FileNotFoundError as error:  # nodes that were there at the start have been asked; this one came later
+            raise UserError(
+                f"{self.examples.uri}: node {socket.gethostname()} does not share this folder; give a storage that "
+                "all nodes share, such as s3://bucket/prefix"
+            ) from error
 
     def _answer(self, table: pa.Table) -> Iterator[Row]:
         """Ask for rows of examples with `sample`; write them as one part, or as one each where replicas have died on

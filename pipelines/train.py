@@ -49,7 +49,7 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
         say(f"  left out: {lack}")
     if todo:
         with (
-            ray_session(),
+            ray_session(line.recipe.storage),
             progress_of(student.steps) as messages,
             ThreadPoolExecutor(room(student)) as pool,
         ):
@@ -152,6 +152,7 @@ def _fit(line: Lineage, run: Run, artifact: Artifact, messages: Any, callbacks: 
             num_workers=student.workers,
             use_gpu=student.gpus > 0,
             resources_per_worker={"CPU": student.cpus, **({"GPU": student.gpus} if student.gpus else {})},
+            label_selector=student.node_labels or None,
         ),
         run_config=RunConfig(
             name=_RAY,  # a name that stays, by which Ray Train finds its checkpoints again
@@ -176,10 +177,11 @@ def room(student: Student) -> int:
     """How many students the cluster can train at once."""
     import ray
 
-    total = ray.cluster_resources()
-    room = total.get("CPU", 0) // (student.workers * student.cpus)
+    labels = student.node_labels.items()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and labels <= node["Labels"].items()]
+    room = sum(node.get("CPU", 0) for node in nodes) // (student.workers * student.cpus)
     if student.gpus:
-        room = min(room, total.get("GPU", 0) // (student.workers * student.gpus))
+        room = min(room, sum(node.get("GPU", 0) for node in nodes) // (student.workers * student.gpus))
     return max(1, int(room))
 
 
