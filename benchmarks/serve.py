@@ -57,7 +57,7 @@ MUST = {
 }
 SIZES = (1, 8, 32)
 CONNECTIONS = (1, 16, 64)
-LABELS = ("contradiction", "entailment", "neutral")
+LABELS = ("jcahdebf", "gadecihb", "bafjedgi")  # of two to four tokens, as labels have in T5's own vocabulary
 TASK = Task.model_validate({"name": "bench", "input": "{text}", "answer": {"kind": "choice", "labels": LABELS}})
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Side = Callable[[list[str]], object]
@@ -123,7 +123,7 @@ def _make_bundle(folder: Path) -> list[str]:
     made = Tokenizer(models.BPE(unk_token="<unk>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
-    made.train_from_iterator([*texts, *LABELS * 20, LABEL_PREFIX * 20], trainer)
+    made.train_from_iterator([*texts, LABEL_PREFIX], trainer)
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(folder)
@@ -310,7 +310,7 @@ def _noop_application() -> Any:
         name, version, task = "bench", "1", TASK
 
         async def answer(self, texts: Sequence[str], choices: object, scores: bool) -> list[Prediction]:
-            return [Prediction("neutral", 1.0, "neutral")] * len(texts)
+            return [Prediction(LABELS[0], 1.0, LABELS[0])] * len(texts)
 
     class Noop:
         def __serve_build_asgi_app__(self) -> Any:
@@ -318,6 +318,9 @@ def _noop_application() -> Any:
 
         def pick(self, model: str | None) -> Student:
             return Nobody()
+
+        async def escalate(self, *_: object) -> dict[int, str]:
+            return {}
 
         def shadow(self, *_: object) -> None:
             pass
@@ -356,7 +359,7 @@ def _serve_plain(folder: str | None, port: int, threads: int) -> None:
     @api.post("/v1/predict")
     async def predict(body: Body) -> dict[str, Any]:
         if predictor is None:
-            made = [Prediction("neutral", 1.0, "neutral")] * len(body.inputs)
+            made = [Prediction(LABELS[0], 1.0, LABELS[0])] * len(body.inputs)
         else:
             if not running:
                 running.append(asyncio.create_task(batches(predictor)))

@@ -50,6 +50,9 @@ class Both:
     def pick(self, model: str | None) -> Student:
         return self.by_name[(model or "returns").removesuffix("@1")]
 
+    async def escalate(self, *_: object) -> dict[int, str]:
+        return {}
+
     def shadow(self, *_: object) -> None:
         pass
 
