@@ -14,9 +14,9 @@ test: .venv/installed  ## checks, unit tests, then the tests on a real local Ray
 	$(BIN)/python -m pytest -m "slow and not ray"
 	$(BIN)/python -m pytest -m ray
 
-bench: .venv/installed  ## us and the alternatives, side by side; half an hour; keeps benchmarks/results/*.json
+bench: .venv/installed  ## us and the alternatives, side by side; forty minutes; keeps benchmarks/results/*.json
 	mkdir -p benchmarks/results
-	set -e; for name in teacher train scale; do \
+	set -e; for name in teacher train serve scale; do \
 		$(BIN)/python benchmarks/$$name.py | tee benchmarks/results/$$name.log; \
 		tail -n 1 benchmarks/results/$$name.log > benchmarks/results/$$name.json; rm benchmarks/results/$$name.log; done
 

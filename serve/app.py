@@ -197,6 +197,7 @@ def build(args: Settings) -> serve.Application:
         backpressure_config=BackpressureConfig(retry_after_s=_RETRY_AFTER_S),
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
+        max_surge_percent=100,  # a new version is up before the old one goes
         max_constructor_retry_count=2,
         user_config=args.traffic.model_dump(),
     )
