@@ -16,7 +16,7 @@ test: .venv/installed  ## checks, unit tests, then the tests on a real local Ray
 
 bench: .venv/installed  ## us and the alternatives, side by side; about an hour; keeps benchmarks/results/*.json
 	mkdir -p benchmarks/results
-	set -e; for name in teacher train scale; do \
+	set -e; for name in teacher train serve scale; do \
 		$(BIN)/python benchmarks/$$name.py | tee benchmarks/results/$$name.log; \
 		tail -n 1 benchmarks/results/$$name.log > benchmarks/results/$$name.json; rm benchmarks/results/$$name.log; done
 

@@ -5,7 +5,8 @@ Weights are random, of the shape of T5 v1.1 small: times mean something, answers
 
     hf        Hugging Face `generate`, greedy, fp32, as many new tokens as the longest label has
     int8      the same with CTranslate2 in int8, where that is installed; it is no dependency of ours
-    ours      the predictor: the labels scored, in fp32, or in bf16 where the processor has it
+    ours      the predictor: the labels scored, in bf16 where the processor has it, otherwise in int8
+    ours fp32
 
     plain     FastAPI and uvicorn around the same predictor, with a batcher of a few lines
     proxied   our application behind Ray Serve's proxy
@@ -39,7 +40,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from pipelines.checksums import write_checksums  # noqa: E402
-from pipelines.predictor import Bundle, Prediction, Predictor, has_bf16  # noqa: E402
+from pipelines.predictor import Bundle, Prediction, Predictor, can_run  # noqa: E402
 from pipelines.student import LABEL_PREFIX, load_student  # noqa: E402
 from pipelines.tasks import Task  # noqa: E402
 
@@ -56,7 +57,7 @@ MUST = {
 }
 SIZES = (1, 8, 32)
 CONNECTIONS = (1, 16, 64)
-LABELS = ("contradiction", "entailment", "neutral")
+LABELS = ("jcahdebf", "gadecihb", "bafjedgi")  # of two to four tokens, as labels have in T5's own vocabulary
 TASK = Task.model_validate({"name": "bench", "input": "{text}", "answer": {"kind": "choice", "labels": LABELS}})
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Side = Callable[[list[str]], object]
@@ -96,7 +97,7 @@ def compare(
     missing = sorted(MUST.keys() - ratios.keys())
     met = not missing and all(ratios[name] >= least for name, least in MUST.items())
     result = {"benchmark": "serve", "ratios": shown, "must": MUST, "met": met, "not_measured": missing}
-    print(json.dumps({**result, "threads": threads, "bf16": has_bf16()}))
+    print(json.dumps({**result, "threads": threads, "bf16": can_run("bf16")}))
 
 
 def _show(console: Console, title: str, columns: Sequence[int], values: dict[tuple[str, int], float]) -> None:
@@ -122,7 +123,7 @@ def _make_bundle(folder: Path) -> list[str]:
     made = Tokenizer(models.BPE(unk_token="<unk>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
-    made.train_from_iterator([*texts, *LABELS * 20, LABEL_PREFIX * 20], trainer)
+    made.train_from_iterator([*texts, LABEL_PREFIX], trainer)
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(folder)
@@ -139,7 +140,7 @@ def _make_bundle(folder: Path) -> list[str]:
         architectures=["T5ForConditionalGeneration"],
     ).save_pretrained(folder)
     model, tokenizer = load_student(str(folder), init="random")
-    bundle = Bundle("bench", "1", precision="bf16" if has_bf16() else "fp32")
+    bundle = Bundle("bench", "1", precision="bf16" if can_run("bf16") else "int8")
     Predictor(model, tokenizer, TASK, 256, 16, bundle=bundle).save(folder)
     write_checksums(folder)
     return texts
@@ -151,6 +152,7 @@ def _make_bundle(folder: Path) -> list[str]:
 def _time_predictors(folder: Path, texts: list[str], rounds: int, threads: int) -> dict[tuple[str, int], list[float]]:
     """Milliseconds of a batch, by side and rows."""
     sides: dict[str, Side] = {"hf": _hugging_face(folder), "ours": Predictor.open(folder).predict}
+    sides["ours fp32"] = Predictor(*load_student(str(folder)), TASK, 256, 16).predict
     if find_spec("ctranslate2"):
         sides["int8"] = _ctranslate2(folder, threads)
     times: dict[tuple[str, int], list[float]] = {}
@@ -308,7 +310,7 @@ def _noop_application() -> Any:
         name, version, task = "bench", "1", TASK
 
         async def answer(self, texts: Sequence[str], choices: object, scores: bool) -> list[Prediction]:
-            return [Prediction("neutral", 1.0, "neutral")] * len(texts)
+            return [Prediction(LABELS[0], 1.0, LABELS[0])] * len(texts)
 
     class Noop:
         def __serve_build_asgi_app__(self) -> Any:
@@ -316,6 +318,9 @@ def _noop_application() -> Any:
 
         def pick(self, model: str | None) -> Student:
             return Nobody()
+
+        async def escalate(self, *_: object) -> dict[int, str]:
+            return {}
 
         def shadow(self, *_: object) -> None:
             pass
@@ -354,7 +359,7 @@ def _serve_plain(folder: str | None, port: int, threads: int) -> None:
     @api.post("/v1/predict")
     async def predict(body: Body) -> dict[str, Any]:
         if predictor is None:
-            made = [Prediction("neutral", 1.0, "neutral")] * len(body.inputs)
+            made = [Prediction(LABELS[0], 1.0, LABELS[0])] * len(body.inputs)
         else:
             if not running:
                 running.append(asyncio.create_task(batches(predictor)))

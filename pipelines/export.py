@@ -25,13 +25,15 @@ from pipelines.comparison import wilson
 from pipelines.console import say
 from pipelines.errors import UserError
 from pipelines.lineage import BUNDLE, MODEL, Lineage
-from pipelines.predictor import Bundle, Precision, Prediction, Predictor, has_bf16
+from pipelines.predictor import Bundle, Precision, Prediction, Predictor, can_run
 from pipelines.prompts import prompt_hash
 from pipelines.recipe import Export
 
 TEMPLATE = "card.md.j2"
 _TIMED = (1, 8, 32)  # rows at once, of the card's speeds
+_LOWER: tuple[Precision, ...] = ("bf16", "int8")
 _Row = dict[str, Any]
+_Tried = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
     """Make the bundle, or find it done.
 
     Raises:
-        UserError: a student is not trained, a split has no gold labels, or bf16 is asked for and does not answer as
-            fp32 does.
+        UserError: a student is not trained, a split has no gold labels, or the precision that is asked for does not
+            answer as fp32 does.
     """
     dataset = line.require(line.dataset, "dataset")
     students = [(run, line.require(line.student(run), "train")) for run in line.recipe.students()]
@@ -75,7 +77,7 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
         student.fs.get(student.path(MODEL) + "/", given, recursive=True)
         predictor = Predictor.open(given)
         validation = _score(predictor, _labelled(dataset, "validation"))
-        precision, fast, speeds = _choose_precision(line.recipe.export, predictor, Path(given), validation)
+        precision, fast, tried = _choose_precision(line.recipe.export, predictor, Path(given), validation)
         if precision != "fp32":
             validation = _score(fast, validation.rows)
         temperature, threshold = _calibrate(line.recipe.export, validation)
@@ -86,7 +88,7 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
         facts = {
             "run": run.model_dump(),
             "bundle": asdict(bundle),
-            "rows_per_second": speeds,
+            "precisions": tried,
             "calibration_error_before": validation.measures()["calibration_error"],
             "measures": measures,
             "milliseconds": _milliseconds(fast, validation.rows),
@@ -120,24 +122,33 @@ def _score(predictor: Predictor, rows: Sequence[_Row]) -> Scored:
 
 def _choose_precision(
     export: Export, fp32: Predictor, folder: Path, validation: Scored
-) -> tuple[Precision, Predictor, dict[Precision, float]]:
-    """The precision to serve in, the predictor in it, and rows a second of each precision that was tried."""
-    speeds: dict[Precision, float] = {"fp32": _speed(fp32, validation.rows)}
-    if export.precision == "fp32" or (export.precision == "auto" and not has_bf16()):
-        return "fp32", fp32, speeds
-    bf16 = Predictor.open(folder)
-    bf16.model.to(torch.bfloat16)
-    made = _score(bf16, validation.rows).made
-    same = [fp32.task.same(a.label, b.label) for a, b in zip(validation.made, made, strict=True)]
-    agreement = sum(same) / len(same)
-    speeds["bf16"] = _speed(bf16, validation.rows)
-    if agreement < export.agreement and export.precision == "bf16":
-        raise UserError(
-            f"export.precision bf16: it answers {agreement:.2%} of validation as fp32 does, and export.agreement asks "
-            f"for {export.agreement:.2%}; take fp32"
-        )
-    wanted = export.precision == "bf16" or (agreement >= export.agreement and speeds["bf16"] > speeds["fp32"])
-    return ("bf16", bf16, speeds) if wanted else ("fp32", fp32, speeds)
+) -> tuple[Precision, Predictor, dict[Precision, _Tried]]:
+    """The precision to serve in, the predictor in it, and what became of each that was tried.
+
+    Raises:
+        UserError: the precision that is asked for does not answer as fp32 does.
+    """
+    tried: dict[Precision, _Tried] = {"fp32": {"agreement": 1.0, "rows_per_second": _speed(fp32, validation.rows)}}
+    best: tuple[Precision, Predictor] = ("fp32", fp32)
+    for precision in _LOWER:
+        if export.precision != precision and not (export.precision == "auto" and can_run(precision)):
+            continue
+        lower = Predictor.open(folder)
+        lower.lower(precision)
+        made = _score(lower, validation.rows).made
+        same = [fp32.task.same(a.label, b.label) for a, b in zip(validation.made, made, strict=True)]
+        agreement, speed = sum(same) / len(same), _speed(lower, validation.rows)
+        tried[precision] = {"agreement": agreement, "rows_per_second": speed}
+        if agreement >= export.agreement and (
+            export.precision == precision or speed > tried[best[0]]["rows_per_second"]
+        ):
+            best = precision, lower
+        elif export.precision == precision:
+            raise UserError(
+                f"export.precision {precision}: it answers {agreement:.2%} of validation as fp32 does, and "
+                f"export.agreement asks for {export.agreement:.2%}; take fp32"
+            )
+    return *best, tried
 
 
 def _speed(predictor: Predictor, rows: Sequence[_Row]) -> float:

@@ -20,6 +20,7 @@ import torch
 from pipelines import t5
 from pipelines.checksums import SUMS, verify_checksums
 from pipelines.errors import UserError
+from pipelines.quantized import quantize
 from pipelines.recipe import Arm
 from pipelines.student import (
     LABEL_PREFIX,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SIDECAR = "distill.json"
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,28 @@ class Predictor:
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> Self:
-        """Load a student's directory or a bundle. A bundle's files are checked against their sums first, and it is
-        run in bf16 if it was exported so and the processor has it. Weights are read from safetensors alone.
+        """Load a student's directory or a bundle. A bundle's files are checked against their sums first, and it runs
+        in the precision that it was exported in, or in fp32 where the processor lacks that. Weights are read from
+        safetensors alone.
 
         Raises:
             UserError: it is neither, or a file of the bundle is not what was exported.
         """
         read = read_bundle(folder)
         model, tokenizer = load_student(str(folder), local_files_only=True, safetensors=True)
-        if read.bundle and read.bundle.precision == "bf16" and has_bf16(device):
-            model.to(torch.bfloat16)
+        made = cls(model.eval(), tokenizer, read.task, **read.settings, bundle=read.bundle)
+        if read.bundle and can_run(read.bundle.precision, device):
+            made.lower(read.bundle.precision)
         model.to(device)
-        return cls(model.eval(), tokenizer, read.task, **read.settings, bundle=read.bundle)
+        return made
+
+    def lower(self, precision: Precision) -> None:
+        """Answer in another precision from now on. It can't be saved or trained after that."""
+        if precision == "bf16":
+            self.model.to(torch.bfloat16)
+        elif precision == "int8":  # all but the vocabulary, which few tokens meet and confidence hangs on
+            quantize(self.model.get_encoder())
+            quantize(self.model.get_decoder())
 
     def save(self, folder: str | Path) -> None:
         """Write a student's directory, which `open` reads once a bundle has its sums too."""
@@ -296,12 +307,15 @@ class Predictor:
         return written.masked_fill(over, padding), torch.stack(chosen.values, dim=1).masked_fill(over, 0.0)
 
 
-def has_bf16(device: str = "cpu") -> bool:
-    """Whether the processor has matrix products in bf16; without them it is slower than fp32."""
+def can_run(precision: Precision, device: str = "cpu") -> bool:
+    """Whether the processor has matrix products in that precision; without them it is slower than fp32."""
     if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return precision == "fp32" or (
+            precision == "bf16" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        )
     known = torch.cpu.get_capabilities()
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    needs = {"fp32": (), "bf16": ("avx512_bf16", "amx_bf16", "bf16"), "int8": ("avx2",)}[precision]
+    return precision == "fp32" or any(known.get(name, False) for name in needs)
 
 
 _NEVER = -1  # an end of sequence that no row reaches: `_Ends` says where rows end

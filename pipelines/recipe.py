@@ -401,11 +401,11 @@ class Export(_Frozen):
         le=1,
         description="choose abstain_below so that on validation so large a share of the answers given is right",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 if this processor has it, it is faster, and the answers agree"
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        default="auto", description="auto: the fastest that this processor has and whose answers agree with fp32"
     )
     agreement: float = Field(
-        default=0.995, gt=0, le=1, description="share of validation on which bf16 must answer as fp32 does"
+        default=0.995, gt=0, le=1, description="share of validation on which bf16 and int8 must answer as fp32 does"
     )
 
     @model_validator(mode="after")

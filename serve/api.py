@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastapi import FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -49,11 +49,13 @@ class PredictRequest(BaseModel):
 
 
 class PredictionBody(BaseModel):
-    """One answer. `label` is null where the student wrote no valid one; `text` then says what it wrote."""
+    """One answer. `label` is null where the student wrote no valid one; `text` then says what it wrote. Of an answer
+    whose source is the teacher no confidence is known."""
 
     label: str | None
-    confidence: float
+    confidence: float | None
     abstained: bool
+    source: Literal["student", "teacher"] = "student"
     text: str | None = None
     scores: dict[str, float] | None = None
 
@@ -91,6 +93,12 @@ class Students(Protocol):
 
     def pick(self, model: str | None) -> Student:
         """The one to answer a request. Raises KeyError: there is none of that name."""
+        ...
+
+    async def escalate(
+        self, student: Student, texts: list[str], choices: list[list[str] | None], made: list[Prediction]
+    ) -> dict[int, str]:
+        """The teacher's labels of inputs that the student abstains on, by their place; none where it is not asked."""
         ...
 
     def shadow(
@@ -133,12 +141,15 @@ def make_api(students: Students, limits: Limits, keys: Keys | None, meter: Meter
         texts, choices = [text for text, _ in rows], [own for _, own in rows]
         made = await student.answer(texts, choices, body.scores)
         students.shadow(student, texts, choices, made)
+        escalated = await students.escalate(student, texts, choices, made)
         request.scope[_FACTS].update(model=student.name, version=student.version, inputs=len(made))
         return JSONResponse(
             {
                 "model": student.name,
                 "version": student.version,
-                "predictions": [_shown(prediction, body.scores) for prediction in made],
+                "predictions": [
+                    _shown(prediction, body.scores, escalated.get(place)) for place, prediction in enumerate(made)
+                ],
                 "milliseconds": round(1000 * (time.perf_counter() - start), 2),
             }
         )
@@ -210,11 +221,14 @@ def _render(task: Task, number: int, given: str | dict[str, Value], limits: Limi
     return text, choices
 
 
-def _shown(prediction: Prediction, scores: bool) -> dict[str, Any]:
+def _shown(prediction: Prediction, scores: bool, escalated: str | None) -> dict[str, Any]:
+    if escalated is not None:
+        return {"label": escalated, "confidence": None, "abstained": False, "source": "teacher"}
     shown: dict[str, Any] = {
         "label": prediction.label,
         "confidence": round(prediction.confidence, 6),
         "abstained": prediction.abstained,
+        "source": "student",
     }
     if prediction.label is None:
         shown["text"] = prediction.text

@@ -21,6 +21,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from pipelines.errors import UserError
 from pipelines.predictor import Prediction, Predictor
 from serve.api import Student, make_api
+from serve.escalate import Teacher
 from serve.keys import Keys
 from serve.meter import Meter
 from serve.settings import Settings, Traffic
@@ -105,6 +106,7 @@ class App:
         self._settings, self._meter = settings, Meter()
         self._keys = Keys.wanted(settings.keys_file, settings.require_key)
         self._traffic = settings.traffic
+        self._teacher = Teacher(settings.escalate, self._meter) if settings.escalate else None
         self._shadows: set[asyncio.Task[None]] = set()  # the loop itself holds tasks only weakly
         self._dice = random.Random()
         worker = ThreadPoolExecutor(1, "model")  # one: more would share the same cores
@@ -139,6 +141,11 @@ class App:
             return versions[version]
         shares = self._shares(name)
         return versions[self._dice.choices(list(shares), list(shares.values()))[0]]
+
+    async def escalate(
+        self, student: Student, texts: list[str], choices: list[list[str] | None], made: list[Prediction]
+    ) -> dict[int, str]:
+        return await self._teacher.answers(student.task, texts, choices, made) if self._teacher else {}
 
     def shadow(
         self, student: Student, texts: list[str], choices: list[list[str] | None], made: list[Prediction]
@@ -190,6 +197,7 @@ def build(args: Settings) -> serve.Application:
         backpressure_config=BackpressureConfig(retry_after_s=_RETRY_AFTER_S),
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
+        max_surge_percent=100,  # a new version is up before the old one goes
         max_constructor_retry_count=2,
         user_config=args.traffic.model_dump(),
     )

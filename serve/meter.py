@@ -24,9 +24,13 @@ class Meter:
         self._model = Histogram("distill_model_ms", "Of one batch in the model.", _MILLISECONDS, _OF_MODEL)
         self._labels = Counter("distill_labels", "Answers by label, of closed sets.", (*_OF_MODEL, "label"))
         self._abstained = Counter("distill_abstained", "Answers below the threshold.", _OF_MODEL)
+        self._escalated = Counter("distill_escalated", "Inputs for the teacher, by what came of them.", ("outcome",))
         self._shadowed = Counter(
             "distill_shadowed", "Answers of a shadow beside the served ones.", (*_OF_MODEL, "same")
         )
+
+    def escalated(self, outcome: str) -> None:
+        self._escalated.inc(tags={"outcome": outcome})
 
     def request(self, path: str, status: int) -> None:
         self._requests.inc(tags={"path": path, "status": str(status)})

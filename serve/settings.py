@@ -1,6 +1,6 @@
 """What the application is told: `args` of serve/config.yaml, or the options of `distill serve`."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,18 @@ class Limits(_Frozen):
     body_bytes: int = Field(default=2**20, ge=1)
     inputs: int = Field(default=256, ge=1)
     characters: int = Field(default=20_000, ge=1, description="of one input")
+
+
+class Escalate(_Frozen):
+    """The teacher that is asked where the student abstains. What users send goes to it."""
+
+    url: str = Field(description="up to /v1, e.g. http://teacher:8000/v1")
+    model: str
+    prompt: Literal["completion", "chat"] = "chat"
+    api_key_env: str = Field(default="DISTILL_TEACHER_API_KEY", description="the variable that holds the key")
+    timeout_s: float = Field(default=5.0, gt=0, description="then the student's answer stands")
+    requests_per_minute: float = Field(default=60.0, gt=0, description="of one replica; beyond it nothing waits")
+    max_tokens: int = Field(default=256, ge=1)
 
 
 class Traffic(_Frozen):
@@ -48,6 +60,7 @@ class Settings(_Frozen):
     keys_file: str | None = Field(default=None, description="hashes of API keys, see serve/keys.py")
     limits: Limits = Limits()
     traffic: Traffic = Traffic()
+    escalate: Escalate | None = None
     batch_tokens: int = Field(default=4096, ge=1, description="tokens that go through the model at once, at most")
     batch_wait_s: float = Field(default=0.0, ge=0, description="wait for a batch to fill; without load it only delays")
     # resources

@@ -51,7 +51,8 @@ def fields(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
     storage = tmp_path_factory.mktemp("runs")
-    made = Lineage(load_recipe("quickstart", [f"storage={storage}", "runs=[{arm: [standard, step_by_step]}]"]))
+    given = [f"storage={storage}", "runs=[{arm: [standard, step_by_step]}]", "export.precision=fp32"]
+    made = Lineage(load_recipe("quickstart", given))
     write_parents(made)
     return made
 
@@ -122,7 +123,7 @@ def test_done_once_it_is_found_done(line: Lineage, made: Artifact, capsys: pytes
 
 
 def test_below_the_threshold_a_bundle_abstains(line: Lineage) -> None:
-    made = build_export(changed(line, abstain_below=0.999, precision="fp32"))
+    made = build_export(changed(line, abstain_below=0.999))
     predictor = Predictor.open(made.path(BUNDLE))
     answers = predictor.predict(["The lamp stopped working.", "x"])
     assert [p.abstained for p in answers] == [p.confidence < 0.999 for p in answers]
@@ -147,12 +148,26 @@ def test_an_accuracy_that_no_threshold_reaches_is_refused(line: Lineage) -> None
         build_export(changed(other, answered_accuracy=0.9))
 
 
-def test_bf16_is_chosen_only_where_it_answers_as_fp32(line: Lineage) -> None:
-    made = build_export(changed(line, precision="bf16", agreement=0.5))
-    assert made.manifest()["bundle"]["precision"] == "bf16"
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_lower_precision_is_recorded_and_the_weights_stay_as_they_are(line: Lineage, precision: str) -> None:
+    made = build_export(changed(line, precision=precision, agreement=0.5))
+    assert made.manifest()["bundle"]["precision"] == precision
     folder = Path(made.path(BUNDLE))
-    assert json.loads((folder / "distill.json").read_text())["bundle"]["precision"] == "bf16"
-    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # for processors without bf16
+    assert json.loads((folder / "distill.json").read_text())["bundle"]["precision"] == precision
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # for processors that lack it
+    texts = ["The lamp stopped working.", "I changed my mind. " * 20]
+    predictor = Predictor.open(folder)
+    together, alone = predictor.predict(texts), [predictor.predict([text])[0] for text in texts]
+    assert [p.confidence for p in together] == pytest.approx([p.confidence for p in alone], rel=1e-3)
+
+
+def test_a_precision_that_answers_otherwise_is_refused(line: Lineage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(predictor: Predictor, precision: str) -> None:
+        predictor.model.lm_head.weight.data.neg_()
+
+    monkeypatch.setattr(Predictor, "lower", spoilt)
+    with pytest.raises(UserError, match=r"precision int8: it answers \d"):
+        build_export(changed(line, precision="int8", agreement=0.99))
 
 
 def test_a_split_without_gold_labels_is_named(line: Lineage) -> None:

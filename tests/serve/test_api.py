@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.predictor import Bundle, Prediction, Predictor
-from pipelines.recipe import resolve
-from pipelines.student import load_student
-from pipelines.tasks import load_task
-from serve.api import Student, make_api
+from serve.api import Students, make_api
 from serve.keys import Keys
 from serve.meter import Meter
 from serve.settings import Limits
@@ -26,56 +21,20 @@ LIMITS = Limits(body_bytes=5000, inputs=4, characters=1000)
 KEY = "correct horse"
 
 
-class Direct:
-    """A predictor that answers at once."""
-
-    def __init__(self, name: str, task: str) -> None:
-        model, tokenizer = load_student(resolve("builtin:quickstart/student"))
-        self.name, self.version, self.task = name, "1", load_task(task)
-        bundle = Bundle(name, "1", temperature=2.0, abstain_below=0.4)
-        self.predictor = Predictor(model, tokenizer, self.task, max_new_tokens=8, bundle=bundle)
-
-    async def answer(
-        self, texts: Sequence[str], choices: Sequence[Sequence[str] | None], scores: bool
-    ) -> list[Prediction]:
-        return self.predictor.predict(texts, choices, scores=scores)
-
-
-class Both:
-    """A choice and a row_choice student."""
-
-    def __init__(self) -> None:
-        self.by_name = {"returns": Direct("returns", "returns_desk"), "quiz": Direct("quiz", "cqa")}
-
-    def pick(self, model: str | None) -> Student:
-        return self.by_name[(model or "returns").removesuffix("@1")]
-
-    def shadow(self, *_: object) -> None:
-        pass
-
-    def listed(self) -> list[tuple[Student, float]]:
-        return [(student, 1.0) for student in self.by_name.values()]
-
-
-@pytest.fixture(scope="module")
-def students() -> Both:
-    return Both()
-
-
-def client_of(students: Both, keys: Keys | None = None) -> httpx.AsyncClient:
+def client_of(students: Students, keys: Keys | None = None) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(make_api(students, LIMITS, keys, Meter()), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test", headers={"X-Request-ID": "r-1"})
 
 
 @pytest.fixture(scope="module")
-def api(students: Both) -> "Asked":
+def api(students: Students) -> "Asked":
     return Asked(students)
 
 
 class Asked:
     """Requests, one after another, each on a client of its own."""
 
-    def __init__(self, students: Both, keys: Keys | None = None) -> None:
+    def __init__(self, students: Students, keys: Keys | None = None) -> None:
         self.students, self.keys = students, keys
 
     def __call__(self, method: str, path: str, **given: Any) -> httpx.Response:
@@ -96,7 +55,7 @@ def refused(response: httpx.Response, status: int) -> str:
     return str(body["error"])
 
 
-def test_answers_are_the_predictors(api: Asked, students: Both) -> None:
+def test_answers_are_the_predictors(api: Asked, students: Students) -> None:
     texts = ["The lamp stopped working.", "Übergröße 🧾\x00", ""]
     made = api(
         "POST", "/v1/predict", json={"inputs": [*texts, {"message": texts[0], "decision": None}], "scores": True}
@@ -104,7 +63,7 @@ def test_answers_are_the_predictors(api: Asked, students: Both) -> None:
     assert made.status_code == 200
     body = made.json()
     assert (body["model"], body["version"]) == ("returns", "1")
-    expected = students.by_name["returns"].predictor.predict([*texts, texts[0]], scores=True)
+    expected = students.pick("returns").predictor.predict([*texts, texts[0]], scores=True)  # type: ignore[attr-defined]
     for shown, prediction in zip(body["predictions"], expected, strict=True):
         assert shown["label"] == prediction.label
         assert shown["confidence"] == pytest.approx(prediction.confidence, rel=1e-4)
@@ -183,14 +142,14 @@ def test_models_are_listed_with_what_a_page_needs(api: Asked) -> None:
     assert second["fields"][-1] == "choices"
 
 
-def test_health_page_and_documentation_need_no_key(students: Both) -> None:
+def test_health_page_and_documentation_need_no_key(students: Students) -> None:
     keyed = Asked(students, Keys(["0" * 64]))
     for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
         assert keyed("GET", path).status_code == 200
     assert "<script>" in keyed("GET", "/").text
 
 
-def test_keys(students: Both) -> None:
+def test_keys(students: Students) -> None:
     import hashlib
 
     keyed = Asked(students, Keys([hashlib.sha256(KEY.encode()).hexdigest(), "0" * 64]))
@@ -223,9 +182,9 @@ def test_the_log_has_a_line_for_each_request_and_no_input(api: Asked, caplog: py
 
 
 def test_a_fault_of_the_server_is_said_and_its_words_stay_inside(
-    students: Both, monkeypatch: pytest.MonkeyPatch
+    students: Students, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(students.by_name["returns"], "predictor", None)
+    monkeypatch.setattr(students.pick("returns"), "predictor", None)
     assert "fault of the server" in refused(Asked(students)("POST", "/v1/predict", json={"inputs": ["a"]}), 500)
 
 
