@@ -38,7 +38,7 @@ AddressOption = Annotated[
     str | None, typer.Option(metavar="URL", help="The cluster's dashboard, e.g. http://head:8265.", show_default=False)
 ]
 JobArgument = Annotated[str, typer.Argument(metavar="ID", help="As `distill submit` told it.")]
-OnCluster = Literal["run", "rationales", "dataset", "train", "evaluate", "report"]
+OnCluster = Literal["run", "rationales", "dataset", "train", "evaluate", "search", "report", "export"]
 
 job_app = typer.Typer(help="Jobs on a cluster: how they stand, what they say.", no_args_is_help=True)
 app.add_typer(job_app, name="job")

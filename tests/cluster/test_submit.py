@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from ray.dashboard.modules.job.common import JobStatus
@@ -10,6 +10,7 @@ from ray.dashboard.modules.job.pydantic_models import JobType
 from ray.job_submission import JobDetails
 
 from cluster.submit import Job, connect, describe, exit_code
+from pipelines.cli import OnCluster
 from pipelines.errors import UserError
 
 Parsed = Callable[[str], tuple[str, dict[str, Any]]]
@@ -19,7 +20,7 @@ def job(stage: str = "rationales", recipe: str = "quickstart", *overrides: str, 
     return Job(stage, recipe, overrides, False, {"name": "mine", "storage": "s3://bucket/runs"} | resolved)
 
 
-@pytest.mark.parametrize("stage", ["run", "rationales", "dataset", "train", "evaluate", "report"])
+@pytest.mark.parametrize("stage", get_args(OnCluster))
 def test_the_cluster_reads_the_command_as_it_was_given(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parsed: Parsed
 ) -> None:
