@@ -18,8 +18,6 @@ from typing import Any
 from pipelines.console import console, say
 from pipelines.errors import UserError
 
-os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray reads it: tokens are sent unless it says otherwise
-
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError

@@ -16,10 +16,14 @@ def progress_of(steps: int) -> Iterator[Any]:
 
     A message is `("line", text)` or `("step", student's name, step, losses, examples a second)`.
     """
+    import ray
     from ray.exceptions import RayError
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    messages = Queue(actor_options={"num_cpus": 0})
+    here = ray.get_runtime_context().get_node_id()  # another node may die, and the students would die of it
+    beside_us = NodeAffinitySchedulingStrategy(here, soft=False)
+    messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": beside_us})
     columns = ("  {task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[now]}")
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:

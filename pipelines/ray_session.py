@@ -27,7 +27,6 @@ def ray_session(storage: str | None = None) -> Iterator[None]:
     Raises:
         UserError: the storage is a folder that some node does not share.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     # DeepSpeed compiles with the ninja that lies beside this Python, activated or not
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers of Ray Train resolve paths as this process does

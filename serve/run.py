@@ -91,12 +91,16 @@ def hold(host: str, port: int, direct: bool) -> Iterator[Callable[[Any], None]]:
     with ray_session():
         from ray import serve
 
+        stopped = _told_to_stop()  # from here on: who is told while it starts, drains what the first clients asked
         serve.start(
             http_options={"host": host, "port": _any_port() if direct else port, "request_timeout_s": _TIMEOUT_S}
         )
         try:
             yield serve.run
-            _until_stopped()
+            while not stopped.wait(1):
+                pass
+            for name in serve.status().applications:
+                serve.delete(name)  # drains it while the proxies stand; shutdown() alone would end both at once
         finally:
             serve.shutdown()
 
@@ -130,13 +134,14 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _until_stopped() -> None:
+def _told_to_stop() -> threading.Event:
+    """Set at the first SIGINT or SIGTERM; the second ends the process at once."""
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()
+        signal.signal(number, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    while not stopped.wait(1):
-        pass
+    return stopped

@@ -336,7 +336,7 @@ def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(
         (["BUNDLE", "--host", "0.0.0.0"], "API key is required"),
         (["BUNDLE", "--keys-file", "/absent"], "/absent"),
         (["BUNDLE", "--default", "other"], "other"),
-        (["BUNDLE", "--host", "192.0.2.255"], "192.0.2.255"),
+        (["BUNDLE", "--host", "203.0.113.1", "--no-key"], "203.0.113.1"),
     ],
 )
 def test_distill_serve_says_in_a_sentence_what_is_wrong(
