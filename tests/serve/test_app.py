@@ -343,7 +343,10 @@ def test_distill_serve_says_in_a_sentence_what_is_wrong(
     bundles: dict[str, str], arguments: list[str], told: str
 ) -> None:
     process = distill_serve(*[bundles["returns@1"] if a == "BUNDLE" else a for a in arguments])
-    _, error = process.communicate(timeout=120)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.terminate()
     assert process.returncode == 2
     assert told in error
     assert "Traceback" not in error
