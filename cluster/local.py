@@ -47,7 +47,7 @@ class Node:
         before: Sequence[str] = (),
         **options: object,
     ) -> None:
-        port = free_port()
+        port = options.get("port", free_port())
         given: dict[str, object] = {"dashboard_agent_listen_port": free_port(), "min_worker_port": 0}
         given |= {"max_worker_port": 0, "disable_usage_stats": True, "num_cpus": 0}
         if address is None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.console import console, say
-from pipelines.errors import UserError
-
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
+
+from pipelines.console import console, say
+from pipelines.errors import UserError
 
 EXCLUDES = ["/runs", "/models", ".git", ".venv", "__pycache__", ".*_cache"]  # beside what .gitignore names
 _POLL_S = 1.0

