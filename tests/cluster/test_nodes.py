@@ -17,9 +17,9 @@ import pytest
 
 from cluster.local import Node
 from pipelines.lineage import ROWS, Lineage
+from pipelines.pending import keys_on_disk
 from pipelines.recipe import Run, load_recipe
 from pipelines.schema import GENERATIONS
-from pipelines.teacher import keys_on_disk
 
 pytestmark = pytest.mark.ray
 

@@ -23,10 +23,10 @@ import yaml
 
 from cluster.local import Node, cluster_folder, free_port
 from pipelines.lineage import ROWS, Lineage
+from pipelines.pending import keys_on_disk
 from pipelines.predictor import Predictor
 from pipelines.recipe import load_recipe
 from pipelines.schema import GENERATIONS
-from pipelines.teacher import keys_on_disk
 
 pytestmark = pytest.mark.ray
 
