@@ -69,13 +69,13 @@ def pending(line: Lineage, asking: Asking, done: Keys) -> Iterator[tuple[str, pa
             samples = np.tile(np.array(asking.samples, dtype=np.int32), len(row_ids))
             table = pa.table({"row_id": row_ids.take(numbers), "sample": samples, "row": numbers})
             keys = keys_of(table)
-            wanted = ~_among(keys, done)
+            wanted = ~among(keys, done)
             if asking.only is not None:
-                wanted &= _among(keys, asking.only)
+                wanted &= among(keys, asking.only)
             yield part, table.filter(pa.array(wanted))
 
 
-def _among(keys: Keys, known: Keys) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def among(keys: Keys, known: Keys) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which keys stand in a sorted array."""
     if not len(known):
         return np.zeros(len(keys), dtype=bool)
