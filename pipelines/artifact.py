@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.console import say
+from pipelines.console import about, say
 from pipelines.errors import UserError
 from pipelines.lease import hold
 
@@ -72,6 +72,7 @@ class Artifact:
     def begin(self, force: bool, go_on: bool = False) -> bool:
         """Whether there is work to do; a finished artefact says that it is skipped. Otherwise whatever an
         unfinished or unwanted attempt left is removed; with `go_on`, what an unfinished one left stays."""
+        self._tell()
         if self.done() and not force:
             say(f"{self.stage} {self.key}: done before, skipped")
             return False
@@ -87,8 +88,13 @@ class Artifact:
         Raises:
             UserError: on entering: another run holds it.
         """
+        self._tell()
         self.fs.makedirs(self.path(), exist_ok=True)
         return hold(self.fs, self.path(_LEASE), self.uri)
+
+    def _tell(self) -> None:
+        """From here on, this thread's lines are about this artefact."""
+        about(self.uri.split("/")[-3], self.stage, self.key)
 
     def write_part(self, name: str, table: pa.Table) -> None:
         """Write `<name>.parquet` whole or not at all, whenever the process is killed."""

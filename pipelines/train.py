@@ -50,7 +50,7 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
     if todo:
         with (
             ray_session(line.recipe.storage),
-            progress_of(student.steps) as messages,
+            progress_of(line.recipe.name, student.steps) as messages,
             ThreadPoolExecutor(room(student)) as pool,
         ):
             trained = [pool.submit(train_student, line, run, messages) for run in todo]
