@@ -71,13 +71,20 @@ class Artifact:
 
     def begin(self, force: bool, go_on: bool = False) -> bool:
         """Whether there is work to do; a finished artefact says that it is skipped. Otherwise whatever an
-        unfinished or unwanted attempt left is removed; with `go_on`, what an unfinished one left stays."""
+        unfinished or unwanted attempt left is removed; with `go_on`, what an unfinished one left stays.
+
+        Raises:
+            UserError: another run is at work on it.
+        """
         self._tell()
         if self.done() and not force:
             say(f"{self.stage} {self.key}: done before, skipped")
             return False
         if self.fs.exists(self.path()) and (force or not go_on):
-            self.fs.rm(self.path(), recursive=True)
+            with self.lease():  # what another run is at work on is no leftover
+                for path in self.fs.ls(self.path(), detail=False):
+                    if not path.endswith(f"/{_LEASE}"):
+                        self.fs.rm(path, recursive=True)
         self.fs.makedirs(self.path(), exist_ok=True)
         say(f"{self.stage} {self.key}: {self.uri}")
         return True
