@@ -1,5 +1,6 @@
-"""What grows with rows and nodes: files, Ray Data's tasks, nodes. Small, but really run.
+"""What grows with rows and nodes: rows of a student, files, Ray Data's tasks, nodes.
 
+- rows: reading the rows of a student, as each worker of its training does and holds them;
 - files: finding out which texts are on disk (listing, reading keys, anti-join), by the number of part files;
 - tasks: Ray Data's driver with as many tasks as a pass over the teacher may have;
 - nodes: Ray's own nodes as processes of this machine, each with one logical CPU: what starting an actor on every one of
@@ -10,6 +11,7 @@ Each size runs in a process of its own, whose peak memory the system tells.
 
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -26,9 +28,11 @@ from rich.table import Table
 
 from cluster.local import Node, cluster_folder
 from pipelines.artifact import Artifact
+from pipelines.draw import count_rows, draw_rows
 from pipelines.lineage import ROWS
 from pipelines.pending import among, keys_on_disk, make_keys
-from pipelines.schema import GENERATIONS
+from pipelines.recipe import Run
+from pipelines.schema import DATASET, GENERATIONS
 
 Row = dict[str, Any]
 _ROWS_OF_A_PART = 64
@@ -57,6 +61,33 @@ def _measure(name: str, size: int) -> Row:
     made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     measured: Row = json.loads(made.stdout.splitlines()[-1])
     return {name: size, **measured}
+
+
+def _rows(count: int) -> Row:
+    """Rows with 60 words of input and 40 of rationale on average."""
+    dice = random.Random(0)
+    words = ["".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=dice.randint(2, 10))) for _ in range(20_000)]
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Artifact(folder, "dataset", "measured")
+        with artifact.writer("train", DATASET) as writer:
+            for number in range(count):
+                said = {"teacher": "t", "sample": 0, "label": "billing", "agreement": 1.0, "rationalized": False}
+                said |= {"rationale": " ".join(dice.choices(words, k=40))}
+                row = {"row_id": f"{number:016x}", "split": "train", "position": number, "label": "billing"}
+                writer.add({**row, "input": " ".join(dice.choices(words, k=60)), "rationales": [said]})
+        run = Run(arm="step_by_step")
+        start = time.perf_counter()
+        counted, _ = count_rows(artifact.iter_rows("train"), run)
+        middle, before = time.perf_counter(), _peak_mib()
+        drawn = draw_rows(artifact.iter_rows("train"), run)
+        end = time.perf_counter()
+        assert len(drawn) == counted == count
+        return {
+            "files": len(artifact.parts("train")),
+            "counting, µs a row": round(1e6 * (middle - start) / count, 1),
+            "drawing, µs a row": round(1e6 * (end - middle) / count, 1),
+            "held, bytes a row": round((_peak_mib() - before) * 2**20 / count),
+        }
 
 
 def _files(count: int) -> Row:
@@ -170,6 +201,7 @@ class _Here:
 
 
 CURVES: dict[str, tuple[Callable[[int], Row], Sequence[int]]] = {
+    "rows": (_rows, (20_000, 100_000, 400_000)),
     "files": (_files, (1_000, 10_000, 100_000)),
     "tasks": (_tasks, (1_000, 5_000, 20_000)),
     "nodes": (_nodes, (5, 10, 20)),
