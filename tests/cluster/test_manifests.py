@@ -179,15 +179,11 @@ def test_serve_takes_the_endpoints_configuration() -> None:
     schema = ServeDeploySchema.model_validate(yaml.safe_load(load("rayservice.yaml")["spec"]["serveConfigV2"]))
     assert [application.import_path for application in schema.applications] == ["serve.app:build"]
     arguments = Settings.model_validate(schema.applications[0].args).model_dump()
-    pods = [
-        group["template"]["spec"] for group in load("rayservice.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    ]
+    [group] = load("rayservice.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pods = [group["template"]["spec"]]
     mounts = {mount["mountPath"] for pod in pods for mount in pod["containers"][0]["volumeMounts"]}
     assert {str(Path(bundle).parent) for bundle in arguments["bundles"]} <= mounts
-    assert (
-        arguments["node_labels"].items()
-        <= load("rayservice.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["labels"].items()
-    )
+    assert arguments["node_labels"].items() <= group["labels"].items()
     assert arguments["cpus"] < int(pods[0]["containers"][0]["resources"]["requests"]["cpu"])
 
 
