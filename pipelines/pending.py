@@ -17,7 +17,6 @@ from pipelines.schema import GENERATIONS
 Row = dict[str, Any]
 Keys = np.ndarray[Any, np.dtype[np.bytes_]]  # sorted b"row_id/sample"
 CALLS = 4  # tasks that a replica has under way at once, so that its engine never runs dry
-_READ_AHEAD = 32  # parts that are read at once: an object store takes its time for each
 _EQUAL = 2048  # tasks of one batch each, then as many of two each, of four, …
 _BATCHES = 32  # of one task at most: a budget is kept, and rejects are looked at, when a task ends
 
@@ -42,8 +41,7 @@ class Asking:
 
 def keys_on_disk(artifact: Artifact) -> Keys:
     """The texts that are there, sorted."""
-    columns, ahead = ["row_id", "sample"], _READ_AHEAD
-    batches = artifact.dataset(ROWS, GENERATIONS).to_batches(columns=columns, fragment_readahead=ahead)
+    batches = artifact.scan(ROWS, GENERATIONS, ["row_id", "sample"])
     return np.unique(np.concatenate([np.empty(0, dtype="S1"), *map(keys_of, batches)]))
 
 

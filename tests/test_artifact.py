@@ -156,6 +156,15 @@ def test_parts_are_scanned_without_being_read_whole(artifact: Artifact) -> None:
     assert dataset.to_table(columns=["size"])["size"].to_pylist() == list(range(PART_ROWS + 1))
 
 
+def test_any_number_of_parts_is_scanned_some_at_a_time(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SCANNED", 2)
+    for number in range(5):
+        artifact.write_part(f"rows/{number}", pa.table({"name": [f"{number}"], "size": [number]}, SCHEMA))
+    found = [size for batch in artifact.scan("rows", SCHEMA, ["size"]) for size in batch["size"].to_pylist()]
+    assert sorted(found) == list(range(5))
+    assert list(artifact.scan("absent", SCHEMA, ["size"])) == []
+
+
 def test_a_folder_that_is_not_there_has_no_parts(artifact: Artifact) -> None:
     assert artifact.dataset("rows", pa.schema([])).files == []
     assert names(artifact, "rows") == []
