@@ -16,8 +16,10 @@ import psutil
 import pytest
 
 from cluster.local import Node
+from pipelines.dataset import build_dataset
 from pipelines.lineage import ROWS, Lineage
 from pipelines.pending import keys_on_disk
+from pipelines.rationales import build_rationales
 from pipelines.recipe import Run, load_recipe
 from pipelines.schema import GENERATIONS
 
@@ -109,7 +111,7 @@ def test_a_node_with_an_engine_dies(
 
 
 STUDENT = [
-    "student={steps: 60, eval_every: 30, checkpoint_every: 5, batch_size: 8, learning_rate: 1.0e-3, precision: fp32, "
+    "student={steps: 40, eval_every: 20, checkpoint_every: 5, batch_size: 8, learning_rate: 1.0e-3, precision: fp32, "
     "dropout: 0.1, workers: 2, zero_stage: 2}",
     "source.validation_share=0.2",
     "evaluate.split=validation",
@@ -133,15 +135,15 @@ def test_a_node_with_a_worker_of_training_dies_and_one_in_a_search(
         return [f"storage={tmp_path / storage}", *STUDENT]
 
     def lose_a_node(command: Running, student: Run) -> str:
-        command.wait_until(lambda: steps(broken, student) >= 15)
+        command.wait_until(lambda: steps(broken, student) >= 10)
         reached, at = steps(broken, student), time.time() - command.start
         nodes.pop(0).kill()
         nodes.append(add_node())
         return f"killed at {at:.0f} s, step {reached}: {command.end():.0f} s"
 
     whole, broken = (Lineage(load_recipe("recipe.yaml", overrides(name))) for name in ("whole", "broken"))
-    for stage in ("rationales", "dataset"):
-        run(stage, "recipe.yaml", *overrides("whole")).end()
+    build_rationales(whole)
+    build_dataset(whole)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     both = run("search", "recipe.yaml", *overrides("whole")).end()
     alone = "runs=[{arm: step_by_step, alpha: 0.25}]"
@@ -155,7 +157,7 @@ def test_a_node_with_a_worker_of_training_dies_and_one_in_a_search(
     assert "goes on from the checkpoint of step" in training.log.read_text()
     for student in (FIRST, SECOND):
         losses, undisturbed = (line.student(student).read_table("losses").to_pylist() for line in (broken, whole))
-        assert [row["step"] for row in losses] == list(range(1, 61))
+        assert [row["step"] for row in losses] == list(range(1, 41))
         assert losses == undisturbed, "to the last digit"
     columns = ["name", "key", "state", "accuracy", "chosen"]
     trials, undisturbed = (line.search.read_table("trials", columns).to_pylist() for line in (broken, whole))
@@ -196,10 +198,11 @@ def test_stages_keep_to_the_nodes_that_bear_their_labels(
     asked.end()
     overrides = [storage, *STUDENT, "student.workers=1", "student.node_labels={ray-subcluster: training}"]
     overrides.append("runs=[{arm: step_by_step, alpha: 0.25}]")
-    for stage in ("rationales", "dataset"):
-        run(stage, "recipe.yaml", *overrides).end()
+    line = Lineage(load_recipe("recipe.yaml", overrides))
+    build_rationales(line)
+    build_dataset(line)
     trained = run("train", "recipe.yaml", *overrides)
-    trained.wait_until(lambda: steps(Lineage(load_recipe("recipe.yaml", overrides)), FIRST) > 0)
+    trained.wait_until(lambda: steps(line, FIRST) > 0)
     assert (runs(teaching, "RayTrainWorker"), runs(training, "RayTrainWorker")) == (False, True)
     trained.end()
 
