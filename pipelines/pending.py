@@ -85,7 +85,7 @@ def tasks(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[Row
     """What is pending, at most `limit` texts, as tasks: batches that a replica takes up one after the other.
 
     Ray Data keeps some kilobytes of each task in the driver, and each ends as a file. So there are as many as the
-    engines have use for, and of a hundred million texts not more than some ten thousand: tasks grow with their number.
+    engines have use for, and of a hundred million texts some tens of thousands: tasks grow with their number.
 
     Yields:
         `{"batches": [{"part": path, "rows": numbers within it, "samples": …}, …]}`, the numbers as bytes of int32.
@@ -98,14 +98,10 @@ def tasks(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[Row
         yield {"batches": taken}
 
 
-def batch_size(teacher: Teacher) -> int:
-    """Texts that are asked for at once, and written together."""
-    under_way = teacher.endpoint.concurrency if teacher.endpoint else teacher.batch_size
-    return max(1, under_way // CALLS)
-
-
 def _batches(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[Row]:
-    size = batch_size(asking.teacher)
+    teacher = asking.teacher
+    under_way = teacher.endpoint.concurrency if teacher.endpoint else teacher.batch_size
+    size = max(1, under_way // CALLS)
     for part, texts in pending(line, asking, done):
         texts = texts.slice(0, limit)
         limit -= len(texts)
