@@ -116,7 +116,10 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
         say(f"job {job.series}-{last}: under way already, joined")
         return f"{job.series}-{last}"
     submission_id = f"{job.series}-{last + 1}"
-    environment = {"working_dir": ".", "excludes": EXCLUDES, "env_vars": {"PYTHONUNBUFFERED": "1"}}
+    variables = {"PYTHONUNBUFFERED": "1"}
+    if form := os.environ.get("DISTILL_LOG_FORMAT"):
+        variables["DISTILL_LOG_FORMAT"] = form
+    environment = {"working_dir": ".", "excludes": EXCLUDES, "env_vars": variables}
     try:
         # no resources for the entry point: Ray then starts it on the head, also on one that has no CPU to lend
         client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=environment)

@@ -27,7 +27,7 @@ from pipelines.errors import UserError
 from pipelines.lineage import BUNDLE, MODEL, Lineage
 from pipelines.predictor import Bundle, Precision, Prediction, Predictor, can_run
 from pipelines.prompts import prompt_hash
-from pipelines.recipe import Export
+from pipelines.recipe import Export, Run
 
 TEMPLATE = "card.md.j2"
 _TIMED = (1, 8, 32)  # rows at once, of the card's speeds
@@ -69,8 +69,13 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
     dataset = line.require(line.dataset, "dataset")
     students = [(run, line.require(line.student(run), "train")) for run in line.recipe.students()]
     artifact = line.export
-    if not artifact.begin(force):
-        return artifact
+    if artifact.begin(force):
+        with artifact.lease():
+            _bundle(line, artifact, dataset, students)
+    return artifact
+
+
+def _bundle(line: Lineage, artifact: Artifact, dataset: Artifact, students: list[tuple[Run, Artifact]]) -> None:
     start = time.time()
     run, student = max(students, key=lambda pair: float(pair[1].manifest()["best"]["accuracy"]))
     with tempfile.TemporaryDirectory() as given, tempfile.TemporaryDirectory() as made:
@@ -104,7 +109,6 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
         f"calibration error {measured['calibration_error']:.4f}, {measured['answered']:.1%} answered\n"
         f"  serve it: distill serve {artifact.file_uri(BUNDLE)}"
     )
-    return artifact
 
 
 def _labelled(dataset: Artifact, split: str) -> list[_Row]:

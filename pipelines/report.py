@@ -91,20 +91,25 @@ def build_report(line: Lineage, force: bool = False, runs: Sequence[Run] | None 
     parents = [line.require(parent, "rationales") for parent in (line.examples, line.generations, line.rationales)]
     parents.append(line.require(line.dataset, "dataset"))
     if artifact.begin(force):
-        start = time.time()
-        found = _find(line, runs)
-        split = found.best.evaluated["split"]
-        figures = {f"accuracy_{name}": draw(found.cells, found.teacher, split, size) for name, size in SIZES.items()}
-        figures["confidence"] = draw_confidence(found.best.evaluated["metrics"])
-        svgs = {name: svg(figure, salt=name) for name, figure in figures.items()}
-        _write(artifact, "report.html", _page(line, parents, found, svgs).encode())
-        _write(artifact, "results.csv", _csv(line, found).encode())
-        for file, figure in {"accuracy": "accuracy_wide", "confidence": "confidence"}.items():
-            _write(artifact, f"{file}.svg", svgs[figure].encode())
-            _write(artifact, f"{file}.png", png(figures[figure]))
-        artifact.finish(line.snapshot(), parents, start, **_facts(line, found))
+        with artifact.lease():
+            _draw(line, artifact, parents, runs)
     _show(artifact)
     return artifact
+
+
+def _draw(line: Lineage, artifact: Artifact, parents: list[Artifact], runs: Sequence[Run]) -> None:
+    start = time.time()
+    found = _find(line, runs)
+    split = found.best.evaluated["split"]
+    figures = {f"accuracy_{name}": draw(found.cells, found.teacher, split, size) for name, size in SIZES.items()}
+    figures["confidence"] = draw_confidence(found.best.evaluated["metrics"])
+    svgs = {name: svg(figure, salt=name) for name, figure in figures.items()}
+    _write(artifact, "report.html", _page(line, parents, found, svgs).encode())
+    _write(artifact, "results.csv", _csv(line, found).encode())
+    for file, figure in {"accuracy": "accuracy_wide", "confidence": "confidence"}.items():
+        _write(artifact, f"{file}.svg", svgs[figure].encode())
+        _write(artifact, f"{file}.png", png(figures[figure]))
+    artifact.finish(line.snapshot(), parents, start, **_facts(line, found))
 
 
 def _find(line: Lineage, runs: Sequence[Run]) -> Findings:

@@ -25,6 +25,7 @@ from pipelines.recipe import Run
 from pipelines.schema import TRIALS
 from pipelines.train import room, train_student, train_students
 
+_WAITING = {"memory": 2**29}  # of a trial's own process; no CPU, which its workers would lack where they need all
 _TUNE = "tune"  # the folder of Ray Tune's own state
 Trial = dict[str, Any]  # a row of `schema.TRIALS`, with its `Run` under `run`
 Point = tuple[Any, ...]
@@ -103,8 +104,8 @@ def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial
     say(f"  {len(points):,} students to try, {room(student):,} at once")
     storage = artifact.uri if artifact.local else artifact.path()
     filesystem = None if artifact.local else PyFileSystem(FSSpecHandler(artifact.fs))
-    with progress_of(student.steps) as messages:
-        trainable = tune.with_resources(tune.with_parameters(_trial, line=line, messages=messages), {"CPU": 0.01})
+    with progress_of(line.recipe.name, student.steps) as messages:
+        trainable = tune.with_resources(tune.with_parameters(_trial, line=line, messages=messages), _WAITING)
         if tune.Tuner.can_restore(f"{storage}/{_TUNE}", storage_filesystem=filesystem):
             tuner = tune.Tuner.restore(
                 f"{storage}/{_TUNE}", trainable, storage_filesystem=filesystem, restart_errored=True

@@ -277,6 +277,7 @@ class _Worker:
             state.stopped_early = s.patience is not None and state.looks_since_best >= s.patience
         if self.tracker:
             self.tracker.log(state.step, {"validation_accuracy": accuracy})
+            self.job.messages.put_nowait(("look", self.run.name, accuracy))
             self.tracker.keep()
             self._say(f"step {state.step:,}: validation accuracy {accuracy:.4f}, loss {look['loss']:.4f}")
 
@@ -393,7 +394,7 @@ class _Worker:
         )
 
     def _say(self, text: str) -> None:
-        self.job.messages.put_nowait(("line", f"  {self.run.name}: {text}"))
+        self.job.messages.put_nowait(("line", self.job.artifact.key, f"  {self.run.name}: {text}"))
 
 
 def _means(losses: Sequence[dict[str, float]]) -> dict[str, float]:
