@@ -5,7 +5,8 @@ Pure functions of 0/1 outcomes on the same rows in the same order. Accuracies an
 """
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -71,6 +72,47 @@ class Cell:
     seeds: tuple[int, ...]
     accuracy: Interval
     gain: Interval | None  # over standard with the same labels, fraction, model and seeds; None where there is none
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Students that differ by their seed alone, as they stood when an alpha was chosen."""
+
+    point: Point
+    accuracies: tuple[float, ...]  # the best on validation so far, of each seed
+    stopped: int  # of them, before their last step
+    chosen: bool
+
+    @property
+    def alpha(self) -> float:
+        return self.point.alpha or 0.0
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.accuracies))
+
+
+def by_alpha(trials: Sequence[Mapping[str, Any]]) -> list[Tried]:
+    """Students by alpha, where there is more than one alpha to compare.
+
+    Args:
+        trials: rows of `schema.TRIALS`.
+    """
+    groups: dict[Point, list[Mapping[str, Any]]] = {}
+    for trial in trials:
+        if trial["alpha"] is not None and trial["accuracy"] is not None:
+            groups.setdefault(Point(*(trial[name] for name in Point._fields)), []).append(trial)
+    rivals = Counter(point._replace(alpha=None) for point in groups)
+    return [
+        Tried(
+            point,
+            tuple(trial["accuracy"] for trial in group),
+            sum(trial["state"] == "stopped" for trial in group),
+            bool(group[0]["chosen"]),
+        )
+        for point, group in groups.items()
+        if rivals[point._replace(alpha=None)] > 1
+    ]
 
 
 def summarise(scores: Sequence[Score], resamples: int) -> list[Cell]:

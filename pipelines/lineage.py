@@ -52,6 +52,7 @@ _STUDENT_RESOURCES = {
     "local_files_only",
     "max_failures",
     "node_labels",
+    "price",
     "trackers",
     "workers",
     "zero_stage",
@@ -116,6 +117,11 @@ class Lineage:
         """What a retry pass changes of the teacher's sampling."""
         teacher = self.recipe.teacher
         return {"temperature": teacher.retry_temperature, "seed": teacher.seed + number}
+
+    @property
+    def paid(self) -> list[Artifact]:
+        """The texts that the teacher was asked for: at first, again, and with the gold label told."""
+        return [self.generations, *self.retries, *([self.hinted] if self.hinted.done() else [])]
 
     @property
     def asked(self) -> list[Split]:
@@ -195,7 +201,9 @@ class Lineage:
     def report(self, runs: Sequence[Run] | None = None) -> Artifact:
         """Tables and figures over these students; by default, those of the recipe's `runs`."""
         runs = self.recipe.students() if runs is None else runs
-        return self._artifact("report", [self.evaluation(run).key for run in runs])
+        searched = self.search.key if self.search.done() else None  # what it tried is told, too
+        prices = [self.recipe.teacher.price.model_dump(), self.recipe.student.price.model_dump()]
+        return self._artifact("report", [self.evaluation(run).key for run in runs], searched, prices)
 
     @cached_property
     def export(self) -> Artifact:

@@ -196,6 +196,13 @@ class Dataset(_Frozen):
     )
 
 
+class StudentPrice(_Frozen):
+    """What a student costs, in your currency."""
+
+    worker_hour: float = Field(default=0, ge=0, description="an hour of one worker of training, its GPU included")
+    replica_hour: float = Field(default=0, ge=0, description="an hour of one replica that answers")
+
+
 class Student(_Frozen):
     """The student and how it is trained."""
 
@@ -258,6 +265,7 @@ class Student(_Frozen):
     trackers: tuple[Literal["mlflow", "wandb"], ...] = Field(
         default=(), description="besides TensorBoard; set up by their own environment variables"
     )
+    price: StudentPrice = StudentPrice()
 
     @model_validator(mode="before")
     @classmethod

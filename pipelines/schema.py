@@ -117,6 +117,9 @@ TRIALS = pa.schema(
         ("error", pa.string()),
         ("step", pa.int64()),  # the last that was looked at
         ("accuracy", pa.float64()),  # the best on validation so far
+        ("seconds", pa.float64()),  # since the trial began, where it was stopped
+        ("tokens_read", pa.int64()),  # until then; null where it was not
+        ("tokens_written", pa.int64()),
         ("chosen", pa.bool_()),
     ]
 )

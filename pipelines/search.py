@@ -6,6 +6,7 @@ in alpha and seed. The alpha of a point is the one with the best mean validation
 no others, read the test split. Writes `trials.parquet`; what was chosen is in the manifest.
 """
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pipelines.artifact import Artifact
 from pipelines.console import say, show_table
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate_students
+from pipelines.examples import tell_counts
 from pipelines.lineage import Lineage
 from pipelines.progress import progress_of
 from pipelines.ray_session import ray_session
@@ -25,6 +27,7 @@ from pipelines.recipe import Run
 from pipelines.schema import TRIALS
 from pipelines.train import room, train_student, train_students
 
+_WAITING = {"memory": 2**29}  # what a trial itself takes: any share of a CPU would be lacked by its workers
 _TUNE = "tune"  # the folder of Ray Tune's own state
 Trial = dict[str, Any]  # a row of `schema.TRIALS`, with its `Run` under `run`
 Point = tuple[Any, ...]
@@ -41,6 +44,8 @@ def search_students(line: Lineage, force: bool = False) -> Artifact:
     artifact = line.search
     if artifact.begin(force, go_on=True):
         start = time.time()
+        for sentence in tell_counts(line.examples.manifest()["counts"]):
+            say(f"  {sentence}")
         with artifact.lease(), ray_session(line.recipe.storage):
             trials = _try(line, points, artifact)
             chosen = choose(trials)
@@ -99,12 +104,15 @@ def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray import tune
 
+    from pipelines.trials import TrialWatch
+
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other kind is never silent
     search, student = line.recipe.search, line.recipe.student
     say(f"  {len(points):,} students to try, {room(student):,} at once")
     storage = artifact.uri if artifact.local else artifact.path()
     filesystem = None if artifact.local else PyFileSystem(FSSpecHandler(artifact.fs))
     with progress_of(student.steps) as messages:
-        trainable = tune.with_resources(tune.with_parameters(_trial, line=line, messages=messages), {"CPU": 0.01})
+        trainable = tune.with_resources(tune.with_parameters(_trial, line=line, messages=messages), _WAITING)
         if tune.Tuner.can_restore(f"{storage}/{_TUNE}", storage_filesystem=filesystem):
             tuner = tune.Tuner.restore(
                 f"{storage}/{_TUNE}", trainable, storage_filesystem=filesystem, restart_errored=True
@@ -125,6 +133,7 @@ def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial
                     storage_path=storage,
                     storage_filesystem=filesystem,
                     failure_config=tune.FailureConfig(max_failures=search.retries),
+                    callbacks=[TrialWatch(len(points), student.steps)],
                     verbose=0,
                 ),
             )
@@ -168,6 +177,7 @@ def _group_of(config: dict[str, Any]) -> Point:
 def _outcome(line: Lineage, run: Run, result: Any) -> Trial:
     student = line.student(run)
     made: Trial = {"run": run, "name": run.name, "key": student.key, "error": None, "step": None, "accuracy": None}
+    made |= {"seconds": None, "tokens_read": None, "tokens_written": None}
     if student.done():
         manifest = student.manifest()
         return made | {"state": "done", "step": manifest["steps"], "accuracy": manifest["best"]["accuracy"]}
@@ -175,7 +185,8 @@ def _outcome(line: Lineage, run: Run, result: Any) -> Trial:
         return made | {"state": "failed", "error": str(result.error).strip().splitlines()[-1]}
     if result is None or not (result.metrics or {}).get("step"):
         return made | {"state": "not reached"}
-    return made | {"state": "stopped", "step": result.metrics["step"], "accuracy": result.metrics["accuracy"]}
+    told = {name: result.metrics[name] for name in ("step", "accuracy", "tokens_read", "tokens_written")}
+    return made | {"state": "stopped", "seconds": result.metrics["time_total_s"], **told}
 
 
 def _counts(trials: Sequence[Trial]) -> dict[str, int]:
