@@ -39,7 +39,7 @@ class Findings:
     teacher: Interval | None  # None: it was not asked for this split
     teacher_rows: int
     sentences: list[str]  # what else is to be said
-    trials: list[dict[str, Any]]  # of the search that chose the students; rows of `schema.TRIALS`
+    trials: list[dict[str, Any]]  # of the search that chose the students, if one did; rows of `schema.TRIALS`
     tried: list[Tried]
 
     @property
@@ -52,15 +52,19 @@ class Findings:
         return {s.score.run.model: s.trained["parameters"] for s in self.students}
 
 
-def find(line: Lineage, runs: Sequence[Run]) -> Findings:
-    """Read the students' artefacts, all of which are there, and compare them."""
+def find(line: Lineage, runs: Sequence[Run], searched: bool) -> Findings:
+    """Read the students' artefacts, all of which are there, and compare them.
+
+    Args:
+        searched: whether they are those that the search chose, so that what it tried is to be told.
+    """
     students = _read_students(line, runs)
     scores = [student.score for student in students]
     resamples = line.recipe.evaluate.resamples
     told = line.rationales.manifest()["teacher_accuracy"].get(line.recipe.evaluate.split)
     teacher = wilson(told["accuracy"], told["rows"]) if told else None
     cells = summarise(scores, resamples)
-    trials = _trials(line, runs)
+    trials = _trials(line) if searched else []
     sentences = [
         *judge_amount(scores, resamples),
         judge_control(scores, resamples),
@@ -109,10 +113,8 @@ def _told(cell: Cell) -> str:
     return " ".join([cell.arm, *([] if cell.model is None else [f"from {cell.model}"])])
 
 
-def _trials(line: Lineage, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What the search tried that chose these students; none where they were not chosen by one."""
-    if not line.search.done() or line.search.manifest()["chosen"] != [run.model_dump() for run in runs]:
-        return []
+def _trials(line: Lineage) -> list[dict[str, Any]]:
+    """What the search tried."""
     unknown = dict.fromkeys(TRIALS.names)  # what older searches did not write
     return [unknown | trial for trial in line.search.read_table("trials").to_pylist()]
 

@@ -55,10 +55,7 @@ def render(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dic
     manifests = {stage.stage: stage.manifest() for stage in stages}
     students = [manifest for s in found.students for manifest in (s.trained, s.evaluated)]
     every = [*manifests.values(), *students]
-    searched = line.search.manifest() if found.trials else None
-    stages_seconds = [
-        manifest["seconds"] for manifest in [*manifests.values(), *([searched] if searched else students)]
-    ]
+    by_clock = [*manifests.values(), *([] if found.trials else students)]  # a search has trained and scored its own
     versions: dict[str, set[str]] = {}
     for package, version in (pair for manifest in every for pair in manifest["versions"].items()):
         versions.setdefault(package, set()).add(version)
@@ -73,7 +70,6 @@ def render(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dic
         rejected=rejects(line.rationales),
         disputed=disputed(line, [student.score.run for student in found.students]),
         reads_of_test=line.reads_of_test(),
-        searched=searched,
         rows_told=tell_counts(manifests["examples"]["counts"]),
         teacher_took=teacher_bill(recipe.teacher, [artifact.manifest() for artifact in line.paid]),
         students_took=students_bill(recipe.student.price, took_by_students(line, found)),
@@ -81,7 +77,7 @@ def render(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dic
         manifests=manifests,
         splits=[split for split in SPLITS if split in manifests["rationales"]["funnel"]],
         reasons=[r for r in Reason if any(r in count for count in manifests["rationales"]["funnel"].values())],
-        total_seconds=sum(stages_seconds),
+        total_seconds=sum(manifest["seconds"] for manifest in by_clock),
         versions={package: sorted(seen) for package, seen in versions.items()},
         seeds=sorted({student.score.run.seed for student in found.students}),
         root=line.store.root,

@@ -28,23 +28,25 @@ CSV_COLUMNS = [
 _MEASURED = ("rows", "accuracy", "low", "high", "macro_f1", "ece", "invalid", "milliseconds")
 
 
-def build_report(line: Lineage, force: bool = False, runs: Sequence[Run] | None = None) -> Artifact:
-    """Write the report over students, by default those of the recipe's `runs`, or find it done; print its table either
-    way.
+def build_report(line: Lineage, force: bool = False, chosen: Sequence[Run] | None = None) -> Artifact:
+    """Write the report over the students that a search chose, or by default over those of the recipe's `runs`, or find
+    it done; print its table either way.
 
     Raises:
         UserError: a student is not trained or not evaluated yet, or an earlier stage is not there.
     """
-    runs = line.recipe.students() if runs is None else runs
-    artifact = line.report(runs)
+    artifact = line.report(chosen)
+    runs = line.recipe.students() if chosen is None else chosen
     for run in runs:
         line.require(line.student(run), "train")
         line.require(line.evaluation(run), "evaluate")
     parents = [line.require(parent, "rationales") for parent in (line.examples, line.generations, line.rationales)]
     parents.append(line.require(line.dataset, "dataset"))
+    if chosen is not None:
+        parents.append(line.require(line.search, "search"))
     if artifact.begin(force):
         start = time.time()
-        found = find(line, runs)
+        found = find(line, runs, searched=chosen is not None)
         figures = draw_all(found)
         drawn = {name: svg(figure, salt=name) for name, figure in figures.items()}
         _write(artifact, "report.html", render(line, parents, found, drawn).encode())

@@ -17,11 +17,13 @@ import pyarrow as pa
 
 from pipelines.artifact import Artifact
 from pipelines.console import say, show_table
+from pipelines.dataset import build_dataset
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate_students
 from pipelines.examples import tell_counts
 from pipelines.lineage import Lineage
 from pipelines.progress import progress_of
+from pipelines.rationales import build_rationales
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Run
 from pipelines.schema import TRIALS
@@ -34,19 +36,22 @@ Point = tuple[Any, ...]
 
 
 def search_students(line: Lineage, force: bool = False) -> Artifact:
-    """Try the points of the recipe's search, choose, and score what was chosen.
+    """Try the points of the recipe's search, choose, and score what was chosen. What is not there yet of the stages
+    before is made.
 
     Raises:
-        UserError: the dataset is not there, the space has no point, or no student of it could be trained.
+        UserError: what a stage finds at fault, or no student could be trained.
     """
-    line.require(line.dataset, "dataset")
     points = line.recipe.search.points()
+    line.check(points)
     artifact = line.search
     if artifact.begin(force, go_on=True):
-        start = time.time()
-        for sentence in tell_counts(line.examples.manifest()["counts"]):
-            say(f"  {sentence}")
         with artifact.lease(), ray_session(line.recipe.storage):
+            build_rationales(line)
+            build_dataset(line)
+            start = time.time()
+            for sentence in tell_counts(line.examples.manifest()["counts"]):
+                say(f"  {sentence}")
             trials = _try(line, points, artifact)
             chosen = choose(trials)
             if not chosen:

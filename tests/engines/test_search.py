@@ -61,7 +61,7 @@ def test_a_search_is_killed_goes_on_and_chooses_on_validation(place: Any) -> Non
     trained = {run: line.student(run).manifest()["finished"] for run in chosen}
     search_students(line)
     assert {run: line.student(run).manifest()["finished"] for run in chosen} == trained
-    report = build_report(line, runs=chosen).manifest()
+    report = build_report(line, chosen=chosen).manifest()
     assert [cell["arm"] for cell in report["table"]] == ["standard", "step_by_step"]
 
 

@@ -29,4 +29,4 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     right = {run: round(110 + 30 * run.fraction) + gains[run.arm] + 4 * run.seed for run in chosen}
     write(line, right, {run: 0.5 + right[run] / 1000 for run in chosen})
     write_search(line, chosen)
-    return build_report(line, runs=chosen)
+    return build_report(line, chosen=chosen)
