@@ -52,13 +52,16 @@ class TrialWatch(Callback):  # type: ignore[misc]  # Ray is not followed
             self._free(timeout=1)
 
     def _end(self, trials: list[Any], trial: Any) -> None:
+        actor, places = self._actors.pop(trial.trial_id, None), trial.last_result.get("placement_group")
+        if actor is None:
+            return  # it had no turn
         self._ended_here += 1
-        ended = sum(t.is_finished() for t in trials)
+        ended = 1 + sum(other.is_finished() for other in trials if other is not trial)
         left = (time.monotonic() - self._began) / self._ended_here * (self.total - ended)
         say(f"  {ended:,} of {self.total:,} students tried" + (f", about {duration(left)} to go" if left else ""))
-        actor, places = self._actors.pop(trial.trial_id, None), trial.last_result.get("placement_group")
-        if actor is not None and places and trial.last_result["step"] < self.steps:
+        if places and trial.last_result["step"] < self.steps:
             group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(places)))
+            ray.kill(actor)  # which Tune does by letting go of it, but we hold it; its workers go with it
             self._leaving[getattr(actor, _STARTED).remote()] = (actor, group)
 
     def _free(self, timeout: float) -> None:
