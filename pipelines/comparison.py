@@ -46,16 +46,17 @@ class Point(NamedTuple):
     labels: LabelSource
     fraction: float
     model: str | None  # None: the recipe's
+    teacher: str | None  # None: all, or the arm learns from none
     arm: Arm
     alpha: float | None  # None: the recipe's, or the arm has none
 
     @classmethod
     def of(cls, run: Run) -> Self:
-        return cls(run.labels, run.fraction, run.model, run.arm, run.alpha)
+        return cls(run.labels, run.fraction, run.model, run.teacher, run.arm, run.alpha)
 
-    def under(self, arm: Arm) -> Self:
-        """The point beside it that has no alpha of its own."""
-        return self._replace(arm=arm, alpha=None)
+    def standard(self) -> Self:
+        """The point beside it that learns labels alone, and from gold labels so from no teacher."""
+        return self._replace(arm="standard", alpha=None, teacher=None if self.labels == "gold" else self.teacher)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Cell:
     fraction: float
     alpha: float | None
     model: str | None
+    teacher: str | None
     examples: int
     rationales: int  # mean over seeds, rounded: another seed draws other rows
     seeds: tuple[int, ...]
@@ -120,7 +122,7 @@ def summarise(scores: Sequence[Score], resamples: int) -> list[Cell]:
     groups = by_point(scores)
     cells = []
     for point, group in groups.items():
-        partner = [] if point.arm == "standard" else groups.get(point.under("standard"), [])
+        partner = [] if point.arm == "standard" else groups.get(point.standard(), [])
         paired = paired_outcomes(group, partner)
         cells.append(
             Cell(
@@ -198,7 +200,14 @@ def by_point(scores: Sequence[Score]) -> dict[Point, list[Score]]:
 
     def place(score: Score) -> tuple[object, ...]:
         point = Point.of(score.run)
-        return point.labels, point.fraction, point.model or "", arms.index(point.arm), point.alpha or 0.0
+        return (
+            point.labels,
+            point.fraction,
+            point.model or "",
+            point.teacher or "",
+            arms.index(point.arm),
+            point.alpha or 0.0,
+        )
 
     ordered = sorted(scores, key=lambda score: (place(score), score.run.seed))
     return {point: list(group) for point, group in itertools.groupby(ordered, lambda score: Point.of(score.run))}

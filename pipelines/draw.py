@@ -1,6 +1,7 @@
 """Which rows of the dataset a student learns from: a pure function of the rows and the run."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,14 @@ def draw_rows(dataset: Iterable[Row], run: Run) -> list[TrainRow]:
     """The rows that one student learns from, in the order of their draw.
 
     `labels: gold` takes the rows with a gold label; `labels: teacher` the rows that a teacher answered, with
-    its label, and never looks at gold. A smaller fraction lies within a larger one of the same seed.
+    its label, and never looks at gold. A smaller fraction lies within a larger one of the same seed. What teachers
+    other than the run's own say, if it has one, is left out.
 
     Returns:
         Rows with the label, and the usable rationales if the arm learns from any.
     """
-    usable = [row for row in dataset if row["label" if run.labels == "gold" else "teacher_label"] is not None]
+    heard = dataset if run.teacher is None else (_hear(row, run.teacher) for row in dataset)
+    usable = [row for row in heard if row["label" if run.labels == "gold" else "teacher_label"] is not None]
     usable.sort(key=lambda row: (position_in_unit(row["row_id"], run.seed), row["row_id"]))
     drawn = usable[: round(len(usable) * run.fraction)]
     return [_train_row(row, run) for row in drawn]
@@ -50,6 +53,13 @@ def position_in_unit(row_id: str, seed: int | str = "") -> float:
     """A number in [0, 1) that depends on the row and the seed alone."""
     digest = hashlib.sha256(f"{seed}/{row_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _hear(row: Row, teacher: str) -> Row:
+    """The row with what one teacher says of it. Its label is that of most of its texts, and of equals the first."""
+    said = [r for r in row["rationales"] if r["teacher"] == teacher]
+    labels = Counter(r["label"] for r in said if not r["rationalized"])
+    return {**row, "rationales": said, "teacher_label": max(labels, key=labels.__getitem__, default=None)}
 
 
 def _train_row(row: Row, run: Run) -> TrainRow:

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from pipelines.comparison import Cell, Interval, Point, Tried
+from pipelines.recipe import short_name
 
 Size = tuple[float, float]  # inches
 
@@ -61,7 +63,8 @@ def draw_alphas(tried: Sequence[Tried], size: Size) -> Figure:
                 axes.plot([alpha] * len(one.accuracies), _percents(one.accuracies), "_", color=colour)
             means = _percents([one.mean for one in line])
             name = f"{arm}, {100 * point.fraction:.4g} % of {point.labels} labels"
-            axes.plot(alphas, means, color=colour, marker="o", linewidth=1.8, label=name + _of(point.model))
+            name += _of(point.model) + _of(point.teacher)
+            axes.plot(alphas, means, color=colour, marker="o", linewidth=1.8, label=name)
     alphas = sorted({one.alpha for one in tried})
     axes.set_xticks(alphas, [f"{alpha:.4g}" for alpha in alphas])
     axes.set(xlabel="alpha, the weight of the label loss", ylabel="right on validation, %")
@@ -107,16 +110,21 @@ def _draw(
     amounts = sorted({of(cell) for cell in cells})
     low, high = np.log10(amounts[0]), np.log10(amounts[-1])
     series = _series(cells, of)
+    alike: Counter[tuple[str, str]] = Counter()
     for place, (label, points) in enumerate(series.items()):
+        first = points[0]
+        paler = 0.55 ** alike[first.arm, first.labels]  # than those that share its colour
+        alike[first.arm, first.labels] += 1
         # or error bars lie on one another
         aside = 10 ** (0.012 * max(high - low, 0.3) * (place - (len(series) - 1) / 2))
-        marker, dash = _MARKS[points[0].labels]
+        marker, dash = _MARKS[first.labels]
         mean, bottom, top = 100 * np.array([cell.accuracy for cell in points]).T
         axes.errorbar(
             [of(cell) * aside for cell in points],
             mean,
             yerr=np.maximum([mean - bottom, top - mean], 0),  # a percentile interval need not hold its mean
-            color=_COLOURS[points[0].arm],
+            color=_COLOURS[first.arm],
+            alpha=paler,
             marker=marker,
             markersize=6,
             linestyle=dash,
@@ -141,15 +149,15 @@ def _draw(
 
 def _series(cells: Sequence[Cell], of: Callable[[Cell], int]) -> dict[str, list[Cell]]:
     """The lines of a figure by their names; alphas tell lines apart only where one amount has several."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str, str | None], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.arm, cell.labels), []).append(cell)
+        groups.setdefault((cell.arm, cell.labels, cell.teacher), []).append(cell)
     series: dict[str, list[Cell]] = {}
-    for (arm, labels), points in groups.items():
+    for (arm, labels, teacher), points in groups.items():
         several = len({of(point) for point in points}) < len(points)
         for point in points:
             alpha = f", alpha {point.alpha:.4g}" if several and point.alpha is not None else ""
-            series.setdefault(f"{arm}, {labels} labels{alpha}", []).append(point)
+            series.setdefault(f"{arm}, {labels} labels{_of(teacher)}{alpha}", []).append(point)
     return {name: sorted(points, key=of) for name, points in series.items()}
 
 
@@ -188,8 +196,8 @@ def _laid_out(figure: Figure) -> Figure:
 
 
 def _of(model: str | None) -> str:
-    """What a line's name says of a model that is not the recipe's."""
-    return "" if model is None else f", {model.rstrip('/').rpartition('/')[2]}"
+    """What a line's name says of a model or teacher of its own."""
+    return "" if model is None else f", {short_name(model)}"
 
 
 def _percents(shares: Sequence[float]) -> list[float]:

@@ -182,7 +182,7 @@ class Lineage:
         settings = student.model_dump(exclude=_STUDENT_RESOURCES | {"model", "revision", "deepspeed"})
         model = self._identity(student.model, student.revision)
         given = read_config(student.deepspeed) if student.deepspeed else None
-        drawn = run.model_dump(exclude={"alpha", "model"})  # they are among the settings
+        drawn = run.model_dump(exclude={"alpha", "model"}, exclude_none=True)  # those two are among the settings
         return self._artifact("train", self.dataset.key, model, settings, given, drawn)
 
     def evaluation(self, run: Run) -> Artifact:

@@ -34,8 +34,10 @@ def draw_all(found: Findings) -> dict[str, Figure]:
     """`<name>_wide` and `<name>_narrow` of every figure that there is something to show in."""
     made = {}
     split, metrics, model = found.best.evaluated["split"], found.best.evaluated["metrics"], found.best.score.run.model
-    most = {(c.arm, c.labels, c.model): c.fraction for c in found.cells}  # they stand in the order of their fractions
-    largest = [c for c in found.cells if c.fraction == most[c.arm, c.labels, c.model]]
+    most = {
+        (c.arm, c.labels, c.model, c.teacher): c.fraction for c in found.cells
+    }  # they stand in the order of their fractions
+    largest = [c for c in found.cells if c.fraction == most[c.arm, c.labels, c.model, c.teacher]]
     for name, size in SIZES.items():
         of_model = [cell for cell in found.cells if cell.model == model]
         made[f"accuracy_{name}"] = draw_amounts(of_model, found.teacher, split, size)

@@ -22,7 +22,7 @@ from pipelines.page import draw_all, predict_command, render
 from pipelines.recipe import Run
 
 CSV_COLUMNS = [
-    *"kind arm labels fraction alpha model seed examples rationales split rows accuracy low high".split(),
+    *"kind arm labels fraction alpha model teacher seed examples rationales split rows accuracy low high".split(),
     *"macro_f1 ece invalid milliseconds validation_accuracy best_step parameters seconds train_seconds uri".split(),
 ]
 _MEASURED = ("rows", "accuracy", "low", "high", "macro_f1", "ece", "invalid", "milliseconds")

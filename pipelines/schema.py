@@ -111,6 +111,7 @@ TRIALS = pa.schema(
         ("fraction", pa.float64()),
         ("alpha", pa.float64()),  # null: student.alpha
         ("model", pa.string()),  # null: student.model
+        ("teacher", pa.string()),  # null: all
         ("seed", pa.int64()),
         ("key", pa.string()),  # of the student's artefact
         ("state", pa.string()),  # done, stopped (early), failed, or not reached

@@ -101,7 +101,7 @@ def choose(trials: Sequence[Trial]) -> list[Run]:
 
 def point_of(run: Run) -> Point:
     """What is not chosen but compared."""
-    return run.labels, run.fraction, run.model, run.arm
+    return run.labels, run.fraction, run.model, run.teacher, run.arm
 
 
 def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial]:
@@ -208,15 +208,15 @@ def _show(artifact: Artifact) -> None:
     trials = artifact.read_table("trials").to_pylist()
     groups: dict[Point, list[dict[str, Any]]] = defaultdict(list)
     for trial in trials:
-        own = () if trial["model"] is None else (trial["model"],)
+        own = (trial[name] for name in ("model", "teacher") if trial[name] is not None)
         groups[trial["arm"], trial["labels"], trial["fraction"], *own, trial["alpha"]].append(trial)
     rows = []
-    for (arm, labels, fraction, *model, alpha), group in groups.items():
+    for (arm, labels, fraction, *names, alpha), group in groups.items():
         known = [trial["accuracy"] for trial in group if trial["accuracy"] is not None]
         states = [trial["state"] for trial in group]
         rows.append(
             [
-                " ".join([arm, labels, f"{fraction:.4g}", *model]),
+                " ".join([arm, labels, f"{fraction:.4g}", *names]),
                 "" if alpha is None else f"{alpha:.4g}",
                 f"{mean(known):.4f}" if known else "",
                 ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),

@@ -14,13 +14,14 @@ GRIDS = [
         "seed": [0, 1],
     },
     {"arm": ["standard", "step_by_step"], "labels": "teacher", "alpha": 0.5},
+    {"arm": "step_by_step", "teacher": "some/other-teacher", "alpha": 0.5},
     {"arm": ["standard", "step_by_step"], "model": "some/smaller-student", "alpha": 0.5},
 ]
 
 
 @pytest.fixture(scope="session")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Over what a search chose: three arms, two amounts of labels of both kinds, two sizes, two seeds."""
+    """Over what a search chose: three arms, two amounts of labels of both kinds, two sizes, two teachers, two seeds."""
     prices = {"teacher": {"model": "some/teacher", "price": {"replica_hour": 2.0}}}
     prices |= {"student": {"model": "some/student", "price": {"worker_hour": 0.5, "replica_hour": 0.1}}}
     line = lineage(tmp_path_factory.mktemp("searched"), [{}], search={"space": GRIDS}, **prices)

@@ -286,8 +286,9 @@ def test_what_a_search_tried_is_told(searched: Artifact) -> None:
     assert "step_by_step chosen gold labels, 25 % 0.75" in said
     assert "Accuracy against student size" in said
     assert "617,000 or 1,234,567 parameters" in said
-    assert "24 students tried; trained, chosen and scored" in said
-    assert "training of 24 students, all that the search tried" in said
+    assert "25 students tried; trained, chosen and scored" in said
+    assert "training of 25 students, all that the search tried" in said
+    assert "step_by_step alpha 0.5 teacher some/other-teacher" in said
     for name in ("accuracy", "size", "alpha", "confidence"):
         assert Path(searched.path(f"{name}.png")).read_bytes().startswith(b"\x89PNG")
         assert Path(searched.path(f"{name}.svg")).read_text(encoding="utf-8").startswith("<?xml")
