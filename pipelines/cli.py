@@ -201,7 +201,8 @@ def evaluate(
 def search(recipe: RecipeArgument, set_: SetOption = [], force: ForceOption = False, json_: JsonOption = False) -> None:
     """STAGE 5: try many students with Ray Tune; choose alpha on validation; score the chosen ones.
 
-    The space is the recipe's `search`; --set search.preset=small is a first look. A search that was stopped goes on.
+    The space is the recipe's `search`; --set search.preset=small is a first look. Rationales and dataset are made, too,
+    where they are not there yet. A search that was stopped goes on.
     """
 
     def work(line: Lineage) -> list[Artifact]:

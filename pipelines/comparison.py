@@ -5,7 +5,8 @@ Pure functions of 0/1 outcomes on the same rows in the same order. Accuracies an
 """
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -45,16 +46,17 @@ class Point(NamedTuple):
     labels: LabelSource
     fraction: float
     model: str | None  # None: the recipe's
+    teacher: str | None  # None: all, or the arm learns from none
     arm: Arm
     alpha: float | None  # None: the recipe's, or the arm has none
 
     @classmethod
     def of(cls, run: Run) -> Self:
-        return cls(run.labels, run.fraction, run.model, run.arm, run.alpha)
+        return cls(run.labels, run.fraction, run.model, run.teacher, run.arm, run.alpha)
 
-    def under(self, arm: Arm) -> Self:
-        """The point beside it that has no alpha of its own."""
-        return self._replace(arm=arm, alpha=None)
+    def standard(self) -> Self:
+        """The point beside it that learns labels alone, and from gold labels so from no teacher."""
+        return self._replace(arm="standard", alpha=None, teacher=None if self.labels == "gold" else self.teacher)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Cell:
     fraction: float
     alpha: float | None
     model: str | None
+    teacher: str | None
     examples: int
     rationales: int  # mean over seeds, rounded: another seed draws other rows
     seeds: tuple[int, ...]
@@ -73,12 +76,53 @@ class Cell:
     gain: Interval | None  # over standard with the same labels, fraction, model and seeds; None where there is none
 
 
+@dataclass(frozen=True)
+class Tried:
+    """Students that differ by their seed alone, as they stood when an alpha was chosen."""
+
+    point: Point
+    accuracies: tuple[float, ...]  # the best on validation so far, of each seed
+    stopped: int  # of them, before their last step
+    chosen: bool
+
+    @property
+    def alpha(self) -> float:
+        return self.point.alpha or 0.0
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.accuracies))
+
+
+def by_alpha(trials: Sequence[Mapping[str, Any]]) -> list[Tried]:
+    """Students by alpha, where there is more than one alpha to compare.
+
+    Args:
+        trials: rows of `schema.TRIALS`.
+    """
+    groups: dict[Point, list[Mapping[str, Any]]] = {}
+    for trial in trials:
+        if trial["alpha"] is not None and trial["accuracy"] is not None:
+            groups.setdefault(Point(*(trial[name] for name in Point._fields)), []).append(trial)
+    rivals = Counter(point._replace(alpha=None) for point in groups)
+    return [
+        Tried(
+            point,
+            tuple(trial["accuracy"] for trial in group),
+            sum(trial["state"] == "stopped" for trial in group),
+            bool(group[0]["chosen"]),
+        )
+        for point, group in groups.items()
+        if rivals[point._replace(alpha=None)] > 1
+    ]
+
+
 def summarise(scores: Sequence[Score], resamples: int) -> list[Cell]:
     """Students that differ by their seed alone, as one; ordered by labels, fraction, model, arm."""
     groups = by_point(scores)
     cells = []
     for point, group in groups.items():
-        partner = [] if point.arm == "standard" else groups.get(point.under("standard"), [])
+        partner = [] if point.arm == "standard" else groups.get(point.standard(), [])
         paired = paired_outcomes(group, partner)
         cells.append(
             Cell(
@@ -156,7 +200,14 @@ def by_point(scores: Sequence[Score]) -> dict[Point, list[Score]]:
 
     def place(score: Score) -> tuple[object, ...]:
         point = Point.of(score.run)
-        return point.labels, point.fraction, point.model or "", arms.index(point.arm), point.alpha or 0.0
+        return (
+            point.labels,
+            point.fraction,
+            point.model or "",
+            point.teacher or "",
+            arms.index(point.arm),
+            point.alpha or 0.0,
+        )
 
     ordered = sorted(scores, key=lambda score: (place(score), score.run.seed))
     return {point: list(group) for point, group in itertools.groupby(ordered, lambda score: Point.of(score.run))}

@@ -49,6 +49,17 @@ def track(items: Iterable[_T], what: str, total: int) -> Iterable[_T]:
     return progress.track(items, what, total, console=console, transient=True, disable=hidden)
 
 
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 51 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min"
+
+
 def show_table(title: str, columns: list[str], rows: list[list[str]], numbers: bool = True) -> None:
     """A table; columns of numbers, all after the first, are right-aligned. Cells are plain text, not markup."""
     if _as_json(title, {"columns": columns, "rows": rows}):

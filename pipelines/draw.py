@@ -2,7 +2,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,13 @@ def draw_rows(dataset: Iterable[Row], run: Run) -> list[TrainRow]:
     """The rows that one student learns from, in the order of their draw.
 
     `labels: gold` takes the rows with a gold label; `labels: teacher` the rows that a teacher answered, with
-    its label, and never looks at gold. A smaller fraction lies within a larger one of the same seed.
+    its label, and never looks at gold. A smaller fraction lies within a larger one of the same seed. What teachers
+    other than the run's own say, if it has one, is left out.
 
     Returns:
         Rows with the label, and the usable rationales if the arm learns from any.
     """
-    usable = [_train_row(row, run) for row in dataset if _usable(row, run)]
+    usable = [_train_row(row, run) for row in _usable(dataset, run)]
     usable.sort(key=lambda row: (position_in_unit(row.row_id, run.seed), row.row_id))
     return usable[: round(len(usable) * run.fraction)]
 
@@ -51,22 +53,30 @@ def draw_rows(dataset: Iterable[Row], run: Run) -> list[TrainRow]:
 def count_rows(dataset: Iterable[Row], run: Run) -> tuple[int, int]:
     """How many rows `draw_rows` draws, and how many of them with rationales; at nine bytes a row."""
     positions, explained = array("d"), bytearray()
-    for row in dataset:
-        if _usable(row, run):
-            positions.append(position_in_unit(row["row_id"], run.seed))
-            explained.append(bool(_train_row(row, run).rationales))
+    for row in _usable(dataset, run):
+        positions.append(position_in_unit(row["row_id"], run.seed))
+        explained.append(bool(_train_row(row, run).rationales))
     drawn = np.argsort(np.frombuffer(positions))[: round(len(positions) * run.fraction)]
     return len(drawn), int(np.frombuffer(explained, bool)[drawn].sum())
 
 
-def _usable(row: Row, run: Run) -> bool:
-    return row["label" if run.labels == "gold" else "teacher_label"] is not None
+def _usable(dataset: Iterable[Row], run: Run) -> Iterator[Row]:
+    """The rows that have the run's kind of label, as its teacher has them if it hears but one."""
+    heard = dataset if run.teacher is None else (_hear(row, run.teacher) for row in dataset)
+    return (row for row in heard if row["label" if run.labels == "gold" else "teacher_label"] is not None)
 
 
 def position_in_unit(row_id: str, seed: int | str = "") -> float:
     """A number in [0, 1) that depends on the row and the seed alone."""
     digest = hashlib.sha256(f"{seed}/{row_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _hear(row: Row, teacher: str) -> Row:
+    """The row with what one teacher says of it. Its label is that of most of its texts, and of equals the first."""
+    said = [r for r in row["rationales"] if r["teacher"] == teacher]
+    labels = Counter(r["label"] for r in said if not r["rationalized"])
+    return {**row, "rationales": said, "teacher_label": max(labels, key=labels.__getitem__, default=None)}
 
 
 def _train_row(row: Row, run: Run) -> TrainRow:

@@ -56,6 +56,8 @@ def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -
             held.enter_context(artifact.lease())
         for group in _together(line, todo):
             _evaluate(line, dataset, group, start)
+    if told := line.rationales.manifest()["teacher_accuracy"].get(settings.split):
+        say(f"  the teacher, few-shot: {settings.split} accuracy {told['accuracy']:.4f} on {told['rows']:,} rows")
     return artifacts
 
 

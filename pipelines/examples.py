@@ -10,7 +10,7 @@ counted, and lie in `removed/*.parquet` with the reason.
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import pyarrow as pa
@@ -93,8 +93,9 @@ def _read(line: Lineage, artifact: Artifact) -> None:
             writers[row["split"]].add(row)
             counts[row["split"]]["kept"] += 1
             counts[row["split"]]["unlabelled"] += row["label"] is None
+    for sentence in tell_counts(counts):
+        say(f"  {sentence}")
     for split, count in counts.items():
-        say(f"  {split}: {count['kept']:,} rows" + _remarks(split, count))
         if count["read"] >= _FEW and count["duplicates"] > count["read"] / 2:
             say(f"  {split}: more than half of the rows repeat another; does `input` show all that tells them apart?")
     if any(count["kept"] < count["read"] for count in counts.values()):
@@ -140,7 +141,16 @@ def read_examples(task: Task, path: str, split: str, limit: int | None = None) -
         raise UserError(f"{path}: no rows; {split} can't be empty")
 
 
-def _remarks(split: str, count: Counter[str]) -> str:
+def tell_counts(counts: Mapping[Split, Mapping[str, int]]) -> list[str]:
+    """How many rows each split has, and which of the source's were left out of it, in words.
+
+    Args:
+        counts: as they stand in the manifest.
+    """
+    return [f"{split}: {count['kept']:,} rows" + _remarks(split, count) for split, count in counts.items()]
+
+
+def _remarks(split: str, count: Mapping[str, int]) -> str:
     said = {
         "duplicates": "repeat an earlier row",
         "in_another_split": "stand in another split and were left out",

@@ -1,16 +1,22 @@
-"""The report's figure: accuracy against labelled examples, for a page of either colour."""
+"""The report's figures, each for a page of either colour, and for a wide or a narrow one."""
 
 import io
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from pipelines.comparison import Cell, Interval
+from pipelines.comparison import Cell, Interval, Point, Tried
+from pipelines.recipe import short_name
+
+Size = tuple[float, float]  # inches
 
 _INK = "#767676"  # stands out as much from white as from black; in the page it becomes the text's colour
 _COLOURS = {
@@ -22,37 +28,110 @@ _COLOURS = {
 }
 _MARKS = {"gold": ("o", "-"), "teacher": ("s", "--")}
 _TEACHER = "teacher"
-SIZES = {"wide": (7.4, 4.2), "narrow": (3.9, 4.2)}  # inches; the narrow one is for phones
+SIZES: dict[str, Size] = {"wide": (7.4, 4.2), "narrow": (3.9, 4.2)}  # the narrow one is for phones
 
 
-def draw(cells: Sequence[Cell], teacher: Interval | None, split: str, size: tuple[float, float]) -> Figure:
-    """Accuracy against labelled examples, on a transparent ground."""
-    with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK}):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-    amounts = sorted({cell.examples for cell in cells})
+def draw_amounts(cells: Sequence[Cell], teacher: Interval | None, split: str, size: Size) -> Figure:
+    """Accuracy against labelled examples."""
+    return _draw(cells, lambda cell: cell.examples, "labelled examples learnt from", teacher, split, size)
+
+
+def draw_sizes(
+    cells: Sequence[Cell], parameters: dict[str | None, int], teacher: Interval | None, split: str, size: Size
+) -> Figure:
+    """Accuracy against student size.
+
+    Args:
+        parameters: of each model that the cells name.
+    """
+    return _draw(cells, lambda cell: parameters[cell.model], "parameters of the student", teacher, split, size)
+
+
+def draw_alphas(tried: Sequence[Tried], size: Size) -> Figure:
+    """Accuracy on validation against alpha: a dash a seed, and their mean."""
+    figure, (axes,) = _paper(size)
+    lines: dict[Point, list[Tried]] = {}
+    for one in tried:
+        lines.setdefault(one.point._replace(alpha=None), []).append(one)
+    for arm in dict.fromkeys(point.arm for point in lines):
+        own = [point for point in lines if point.arm == arm]
+        for place, point in enumerate(own, 1):
+            colour = to_rgba(_COLOURS[arm], 0.25 + 0.75 * place / len(own))  # the more labels, the darker
+            line = sorted(lines[point], key=lambda one: one.alpha)
+            alphas = [one.alpha for one in line]
+            for alpha, one in zip(alphas, line, strict=True):
+                axes.plot([alpha] * len(one.accuracies), _percents(one.accuracies), "_", color=colour)
+            means = _percents([one.mean for one in line])
+            name = f"{arm}, {100 * point.fraction:.4g} % of {point.labels} labels"
+            name += _of(point.model) + _of(point.teacher)
+            axes.plot(alphas, means, color=colour, marker="o", linewidth=1.8, label=name)
+    alphas = sorted({one.alpha for one in tried})
+    axes.set_xticks(alphas, [f"{alpha:.4g}" for alpha in alphas])
+    axes.set(xlabel="alpha, the weight of the label loss", ylabel="right on validation, %")
+    _legend(figure, axes, size)
+    return _laid_out(figure)
+
+
+def draw_confidence(metrics: dict[str, Any], size: Size) -> Figure:
+    """Two panels of one student: how right it is when how sure, and how right it would be if it abstained when unsure.
+
+    Args:
+        metrics: `bins` and `coverage` as `metrics.calibrate` and `metrics.cover` make them.
+    """
+    wide = size == SIZES["wide"]
+    figure, (sure, covered) = _paper((size[0], 3.4) if wide else (size[0], 6.4), *((1, 2) if wide else (2, 1)))
+    sure.plot([0, 100], [0, 100], color=_INK, linewidth=1, linestyle=":")
+    sizes = [12 + 160 * b["rows"] / metrics["rows"] for b in metrics["bins"]]
+    sure.scatter(
+        _percents([b["confidence"] for b in metrics["bins"]]),
+        _percents([b["accuracy"] for b in metrics["bins"]]),
+        s=sizes,
+        color=_COLOURS["step_by_step"],
+        clip_on=False,
+    )
+    sure.set(xlabel="how sure it is, %", ylabel="how often right, %", xlim=(0, 102), ylim=(0, 102))
+    share = _percents([point["coverage"] for point in metrics["coverage"]])
+    right = _percents([point["accuracy"] for point in metrics["coverage"]])
+    covered.plot(share, right, color=_COLOURS["step_by_step"], linewidth=1.8, clip_on=False)
+    covered.set(xlabel="rows answered, the surest, %", ylabel="right among them, %", xlim=(0, 102), ylim=(0, 102))
+    return _laid_out(figure)
+
+
+def _draw(
+    cells: Sequence[Cell],
+    of: Callable[[Cell], int],
+    what: str,
+    teacher: Interval | None,
+    split: str,
+    size: Size,
+) -> Figure:
+    """Accuracy with its intervals against an amount, on a scale of ratios; a line an arm and kind of labels."""
+    figure, (axes,) = _paper(size)
+    amounts = sorted({of(cell) for cell in cells})
     low, high = np.log10(amounts[0]), np.log10(amounts[-1])
-    series: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        series.setdefault((cell.arm, cell.labels), []).append(cell)
-    for place, ((arm, source), points) in enumerate(series.items()):
-        aside = 10 ** (
-            0.012 * max(high - low, 0.3) * (place - (len(series) - 1) / 2)
-        )  # or error bars lie on one another
-        marker, dash = _MARKS[source]
+    series = _series(cells, of)
+    alike: Counter[tuple[str, str]] = Counter()
+    for place, (label, points) in enumerate(series.items()):
+        first = points[0]
+        paler = 0.55 ** alike[first.arm, first.labels]  # than those that share its colour
+        alike[first.arm, first.labels] += 1
+        # or error bars lie on one another
+        aside = 10 ** (0.012 * max(high - low, 0.3) * (place - (len(series) - 1) / 2))
+        marker, dash = _MARKS[first.labels]
         mean, bottom, top = 100 * np.array([cell.accuracy for cell in points]).T
         axes.errorbar(
-            [cell.examples * aside for cell in points],
+            [of(cell) * aside for cell in points],
             mean,
             yerr=np.maximum([mean - bottom, top - mean], 0),  # a percentile interval need not hold its mean
-            color=_COLOURS[arm],
+            color=_COLOURS[first.arm],
+            alpha=paler,
             marker=marker,
             markersize=6,
             linestyle=dash,
             linewidth=1.8,
             elinewidth=1.2,
             capsize=3,
-            label=f"{arm}, {source} labels",
+            label=label,
         )
     if teacher:
         axes.axhspan(100 * teacher.low, 100 * teacher.high, color=_INK, alpha=0.15, linewidth=0)
@@ -60,54 +139,69 @@ def draw(cells: Sequence[Cell], teacher: Interval | None, split: str, size: tupl
     axes.set_xscale("log")
     room = max(0.07 * (high - low), 0.12)
     axes.set_xlim(10 ** (low - room), 10 ** (high + room))
-    ticks = _apart(amounts, 0.16 * (high - low))
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ticks = _apart(amounts, (0.16 if size == SIZES["wide"] else 0.25) * (high - low))
+    axes.set_xticks(ticks, [_short(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("labelled examples learnt from")
-    axes.set_ylabel(f"right on {split}, %")
-    axes.grid(axis="y", color=_INK, alpha=0.25, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_INK)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    handles, labels = axes.get_legend_handles_labels()
-    names = sorted(zip(handles, labels, strict=True), key=lambda pair: pair[1] == _TEACHER)  # students first
-    figure.legend(
-        *zip(*names, strict=True),
-        loc="outside upper left",
-        ncols=2 if size[0] > 6 and len(names) > 1 else 1,
-        frameon=False,
-        labelcolor=_INK,
-        fontsize=9.5,
-    )
-    return figure
+    axes.set(xlabel=what, ylabel=f"right on {split}, %")
+    _legend(figure, axes, size)
+    return _laid_out(figure)
 
 
-def draw_confidence(metrics: dict[str, Any]) -> Figure:
-    """Two panels of one student: how right it is when how sure, and how right it would be if it abstained when unsure.
+def _series(cells: Sequence[Cell], of: Callable[[Cell], int]) -> dict[str, list[Cell]]:
+    """The lines of a figure by their names; alphas tell lines apart only where one amount has several."""
+    groups: dict[tuple[str, str, str | None], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.arm, cell.labels, cell.teacher), []).append(cell)
+    series: dict[str, list[Cell]] = {}
+    for (arm, labels, teacher), points in groups.items():
+        several = len({of(point) for point in points}) < len(points)
+        for point in points:
+            alpha = f", alpha {point.alpha:.4g}" if several and point.alpha is not None else ""
+            series.setdefault(f"{arm}, {labels} labels{_of(teacher)}{alpha}", []).append(point)
+    return {name: sorted(points, key=of) for name, points in series.items()}
 
-    Args:
-        metrics: `bins` and `coverage` as `metrics.calibrate` and `metrics.cover` make them.
-    """
+
+def _paper(size: Size, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure on a transparent ground, and its panels."""
     with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK}):
-        figure = Figure(figsize=(7.4, 3.4), layout="constrained")
-        sure, covered = figure.subplots(1, 2)
-    sure.plot([0, 100], [0, 100], color=_INK, linewidth=1, linestyle=":")
-    confidence = [100 * b["confidence"] for b in metrics["bins"]]
-    sizes = [12 + 160 * b["rows"] / metrics["rows"] for b in metrics["bins"]]
-    sure.scatter(confidence, [100 * b["accuracy"] for b in metrics["bins"]], s=sizes, color=_COLOURS["step_by_step"])
-    sure.set(xlabel="how sure it is, %", ylabel="how often right, %", xlim=(0, 102), ylim=(0, 102))
-    share = [100 * point["coverage"] for point in metrics["coverage"]]
-    right = [100 * point["accuracy"] for point in metrics["coverage"]]
-    covered.plot(share, right, color=_COLOURS["step_by_step"], linewidth=1.8)
-    covered.set(xlabel="rows answered, the surest, %", ylabel="right among them, %", xlim=(0, 102), ylim=(0, 102))
-    for axes in (sure, covered):
-        axes.grid(color=_INK, alpha=0.25, linewidth=0.7)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.grid(axis="y", color=_INK, alpha=0.25, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=_INK)
         axes.xaxis.label.set_color(_INK)
         axes.yaxis.label.set_color(_INK)
+    return figure, panels
+
+
+def _legend(figure: Figure, axes: Axes, size: Size) -> None:
+    names = zip(*axes.get_legend_handles_labels(), strict=True)
+    ordered = sorted(names, key=lambda pair: pair[1] == _TEACHER)  # students first
+    figure.legend(
+        *zip(*ordered, strict=True),
+        loc="outside upper left",
+        ncols=2 if size == SIZES["wide"] and len(ordered) > 1 else 1,
+        frameon=False,
+        labelcolor=_INK,
+        fontsize=9.5,
+    )
+
+
+def _laid_out(figure: Figure) -> Figure:
+    """The figure with its parts in their places, so that it is not laid out for each format anew."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     return figure
+
+
+def _of(model: str | None) -> str:
+    """What a line's name says of a model or teacher of its own."""
+    return "" if model is None else f", {short_name(model)}"
+
+
+def _percents(shares: Sequence[float]) -> list[float]:
+    return [100 * share for share in shares]
 
 
 def _apart(amounts: Sequence[int], gap: float) -> list[int]:
@@ -117,6 +211,14 @@ def _apart(amounts: Sequence[int], gap: float) -> list[int]:
         if not kept or np.log10(kept[-1] / amount) >= gap:
             kept.append(amount)
     return kept[::-1]
+
+
+def _short(amount: int) -> str:
+    """`1,800`, `2.4 M`, `11 B`."""
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if amount >= size:
+            return f"{amount / size:.3g} {unit}"
+    return f"{amount:,}"
 
 
 def svg(figure: Figure, salt: str) -> str:

@@ -52,6 +52,7 @@ _STUDENT_RESOURCES = {
     "local_files_only",
     "max_failures",
     "node_labels",
+    "price",
     "trackers",
     "workers",
     "zero_stage",
@@ -118,6 +119,11 @@ class Lineage:
         return {"temperature": teacher.retry_temperature, "seed": teacher.seed + number}
 
     @property
+    def paid(self) -> list[Artifact]:
+        """The texts that the teacher was asked for: at first, again, and with the gold label told."""
+        return [self.generations, *self.retries, *([self.hinted] if self.hinted.done() else [])]
+
+    @property
     def asked(self) -> list[Split]:
         """The splits that the teacher is asked for and that the source has.
 
@@ -176,7 +182,7 @@ class Lineage:
         settings = student.model_dump(exclude=_STUDENT_RESOURCES | {"model", "revision", "deepspeed"})
         model = self._identity(student.model, student.revision)
         given = read_config(student.deepspeed) if student.deepspeed else None
-        drawn = run.model_dump(exclude={"alpha", "model"})  # they are among the settings
+        drawn = run.model_dump(exclude={"alpha", "model"}, exclude_none=True)  # those two are among the settings
         return self._artifact("train", self.dataset.key, model, settings, given, drawn)
 
     def evaluation(self, run: Run) -> Artifact:
@@ -192,16 +198,34 @@ class Lineage:
         how = search.model_dump(include={"stop_early", "grace_looks", "reduction_factor"})
         return self._artifact("search", trials, how, self.recipe.evaluate.split)
 
-    def report(self, runs: Sequence[Run] | None = None) -> Artifact:
-        """Tables and figures over these students; by default, those of the recipe's `runs`."""
-        runs = self.recipe.students() if runs is None else runs
-        return self._artifact("report", [self.evaluation(run).key for run in runs])
+    def report(self, chosen: Sequence[Run] | None = None) -> Artifact:
+        """Tables and figures over the students that the search chose; by default, over those of the recipe's `runs`."""
+        runs = self.recipe.students() if chosen is None else chosen
+        searched = None if chosen is None else self.search.key  # what it tried is told, too
+        prices = [self.recipe.teacher.price.model_dump(), self.recipe.student.price.model_dump()]
+        return self._artifact("report", [self.evaluation(run).key for run in runs], searched, prices)
 
     @cached_property
     def export(self) -> Artifact:
         """The bundle of the student that is best on validation."""
         students = [self.student(run).key for run in self.recipe.students()]
         return self._artifact("export", students, self.recipe.evaluate.split, self.recipe.export.model_dump())
+
+    def check(self, runs: Sequence[Run]) -> None:
+        """What a late stage would find at fault, before the teacher is paid.
+
+        Raises:
+            UserError: a file or model is not there, or there is nothing to choose or score students on.
+        """
+        for run in runs:
+            _ = self.evaluation(run)  # its key holds the keys of all stages before
+        source, split = self.recipe.source, self.recipe.evaluate.split
+        if not (source.train or source.validation):
+            raise UserError(
+                "source has neither train nor validation, and a student's checkpoint is chosen on gold labels"
+            )
+        if split == "test" and not source.test:
+            raise UserError("source.test is not given; give it, or set evaluate.split to validation")
 
     def require(self, artifact: Artifact, command: str) -> Artifact:
         """A parent that must be there already.

@@ -245,9 +245,8 @@ def _show(line: Lineage, artifact: Artifact) -> None:
 
 def _show_cost(line: Lineage, accepted: int) -> None:
     """What the texts of the first asking, of retries and of hints came to, over all runs."""
-    asked = [line.generations, *line.retries] + ([line.hinted] if line.hinted.done() else [])
     paid = Counter[str]()
-    for artifact in asked:
+    for artifact in line.paid:
         paid.update(spent(artifact))
     total = cost(line.recipe.teacher.price, paid)
     seconds = max(1e-9, paid["seconds"])

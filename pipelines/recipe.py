@@ -196,6 +196,13 @@ class Dataset(_Frozen):
     )
 
 
+class StudentPrice(_Frozen):
+    """What a student costs, in your currency."""
+
+    worker_hour: float = Field(default=0, ge=0, description="an hour of one worker of training, its GPU included")
+    replica_hour: float = Field(default=0, ge=0, description="an hour of one replica that answers")
+
+
 class Student(_Frozen):
     """The student and how it is trained."""
 
@@ -258,6 +265,7 @@ class Student(_Frozen):
     trackers: tuple[Literal["mlflow", "wandb"], ...] = Field(
         default=(), description="besides TensorBoard; set up by their own environment variables"
     )
+    price: StudentPrice = StudentPrice()
 
     @model_validator(mode="before")
     @classmethod
@@ -298,13 +306,14 @@ class Run(_Frozen):
     fraction: float = Field(default=1.0, gt=0, le=1)
     alpha: float | None = Field(default=None, ge=0, le=1)  # None: student.alpha
     model: str | None = None  # None: student.model
+    teacher: str | None = None  # None: all that the dataset has something of
     seed: int = 0
 
     @property
     def name(self) -> str:
-        """E.g. `step_by_step-gold-0.25-seed0`; with alpha and model where the run has its own."""
+        """E.g. `step_by_step-gold-0.25-seed0`; with alpha, model and teacher where the run has its own."""
         own = [] if self.alpha is None else [f"alpha{self.alpha:.4g}"]
-        own += [] if self.model is None else [self.model.rstrip("/").rpartition("/")[2]]
+        own += [short_name(path) for path in (self.model, self.teacher) if path is not None]
         return "-".join([self.arm, self.labels, f"{self.fraction:.4g}", *own, f"seed{self.seed}"])
 
 
@@ -320,10 +329,16 @@ class Grid(_Frozen):
         default=(None,), description="instead of student.alpha, for the arms that have two tasks"
     )
     model: _OneOrMore[str | None] = Field(default=(None,), description="instead of student.model")
+    teacher: _OneOrMore[str | None] = Field(
+        default=(None,),
+        description="of several that the dataset has rationales of, the one to learn from; by its model",
+    )
     seed: _OneOrMore[int] = (0,)
 
     def runs(self) -> list[Run]:
-        points = itertools.product(self.labels, self.fraction, self.model, self.arm, self.alpha, self.seed)
+        points = itertools.product(
+            self.labels, self.fraction, self.model, self.teacher, self.arm, self.alpha, self.seed
+        )
         return [
             Run(
                 arm=arm,
@@ -331,9 +346,10 @@ class Grid(_Frozen):
                 fraction=fraction,
                 alpha=alpha if arm in TWO_TASKS else None,
                 model=model,
+                teacher=None if (arm, labels) == ("standard", "gold") else teacher,  # it learns from none
                 seed=seed,
             )
-            for labels, fraction, model, arm, alpha, seed in points
+            for labels, fraction, model, teacher, arm, alpha, seed in points
         ]
 
 
@@ -455,6 +471,11 @@ class Recipe(_Frozen):
         if run.model is not None:
             own |= {"model": run.model, "revision": None}
         return self.student.model_copy(update=own)
+
+
+def short_name(path: str) -> str:
+    """The last part of a model's id or folder."""
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -111,12 +111,16 @@ TRIALS = pa.schema(
         ("fraction", pa.float64()),
         ("alpha", pa.float64()),  # null: student.alpha
         ("model", pa.string()),  # null: student.model
+        ("teacher", pa.string()),  # null: all
         ("seed", pa.int64()),
         ("key", pa.string()),  # of the student's artefact
         ("state", pa.string()),  # done, stopped (early), failed, or not reached
         ("error", pa.string()),
         ("step", pa.int64()),  # the last that was looked at
         ("accuracy", pa.float64()),  # the best on validation so far
+        ("seconds", pa.float64()),  # since the trial began, where it was stopped
+        ("tokens_read", pa.int64()),  # until then; null where it was not
+        ("tokens_written", pa.int64()),
         ("chosen", pa.bool_()),
     ]
 )

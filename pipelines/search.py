@@ -6,6 +6,7 @@ in alpha and seed. The alpha of a point is the one with the best mean validation
 no others, read the test split. Writes `trials.parquet`; what was chosen is in the manifest.
 """
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,33 +17,41 @@ import pyarrow as pa
 
 from pipelines.artifact import Artifact
 from pipelines.console import say, show_table
+from pipelines.dataset import build_dataset
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate_students
+from pipelines.examples import tell_counts
 from pipelines.lineage import Lineage
 from pipelines.progress import progress_of
+from pipelines.rationales import build_rationales
 from pipelines.ray_session import ray_session
 from pipelines.recipe import Run
 from pipelines.schema import TRIALS
 from pipelines.train import room, train_student, train_students
 
-_WAITING = {"memory": 2**29}  # of a trial's own process; no CPU, which its workers would lack where they need all
+_WAITING = {"memory": 2**29}  # what a trial itself takes: any share of a CPU would be lacked by its workers
 _TUNE = "tune"  # the folder of Ray Tune's own state
 Trial = dict[str, Any]  # a row of `schema.TRIALS`, with its `Run` under `run`
 Point = tuple[Any, ...]
 
 
 def search_students(line: Lineage, force: bool = False) -> Artifact:
-    """Try the points of the recipe's search, choose, and score what was chosen.
+    """Try the points of the recipe's search, choose, and score what was chosen. What is not there yet of the stages
+    before is made.
 
     Raises:
-        UserError: the dataset is not there, the space has no point, or no student of it could be trained.
+        UserError: what a stage finds at fault, or no student could be trained.
     """
-    line.require(line.dataset, "dataset")
     points = line.recipe.search.points()
+    line.check(points)
     artifact = line.search
     if artifact.begin(force, go_on=True):
-        start = time.time()
         with artifact.lease(), ray_session(line.recipe.storage):
+            build_rationales(line)
+            build_dataset(line)
+            start = time.time()
+            for sentence in tell_counts(line.examples.manifest()["counts"]):
+                say(f"  {sentence}")
             trials = _try(line, points, artifact)
             chosen = choose(trials)
             if not chosen:
@@ -92,7 +101,7 @@ def choose(trials: Sequence[Trial]) -> list[Run]:
 
 def point_of(run: Run) -> Point:
     """What is not chosen but compared."""
-    return run.labels, run.fraction, run.model, run.arm
+    return run.labels, run.fraction, run.model, run.teacher, run.arm
 
 
 def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial]:
@@ -100,6 +109,9 @@ def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray import tune
 
+    from pipelines.trials import TrialWatch
+
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other kind is never silent
     search, student = line.recipe.search, line.recipe.student
     say(f"  {len(points):,} students to try, {room(student):,} at once")
     storage = artifact.uri if artifact.local else artifact.path()
@@ -126,6 +138,7 @@ def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial
                     storage_path=storage,
                     storage_filesystem=filesystem,
                     failure_config=tune.FailureConfig(max_failures=search.retries),
+                    callbacks=[TrialWatch(len(points), student.steps)],
                     verbose=0,
                 ),
             )
@@ -169,6 +182,7 @@ def _group_of(config: dict[str, Any]) -> Point:
 def _outcome(line: Lineage, run: Run, result: Any) -> Trial:
     student = line.student(run)
     made: Trial = {"run": run, "name": run.name, "key": student.key, "error": None, "step": None, "accuracy": None}
+    made |= {"seconds": None, "tokens_read": None, "tokens_written": None}
     if student.done():
         manifest = student.manifest()
         return made | {"state": "done", "step": manifest["steps"], "accuracy": manifest["best"]["accuracy"]}
@@ -176,7 +190,8 @@ def _outcome(line: Lineage, run: Run, result: Any) -> Trial:
         return made | {"state": "failed", "error": str(result.error).strip().splitlines()[-1]}
     if result is None or not (result.metrics or {}).get("step"):
         return made | {"state": "not reached"}
-    return made | {"state": "stopped", "step": result.metrics["step"], "accuracy": result.metrics["accuracy"]}
+    told = {name: result.metrics[name] for name in ("step", "accuracy", "tokens_read", "tokens_written")}
+    return made | {"state": "stopped", "seconds": result.metrics["time_total_s"], **told}
 
 
 def _counts(trials: Sequence[Trial]) -> dict[str, int]:
@@ -193,15 +208,15 @@ def _show(artifact: Artifact) -> None:
     trials = artifact.read_table("trials").to_pylist()
     groups: dict[Point, list[dict[str, Any]]] = defaultdict(list)
     for trial in trials:
-        own = () if trial["model"] is None else (trial["model"],)
+        own = (trial[name] for name in ("model", "teacher") if trial[name] is not None)
         groups[trial["arm"], trial["labels"], trial["fraction"], *own, trial["alpha"]].append(trial)
     rows = []
-    for (arm, labels, fraction, *model, alpha), group in groups.items():
+    for (arm, labels, fraction, *names, alpha), group in groups.items():
         known = [trial["accuracy"] for trial in group if trial["accuracy"] is not None]
         states = [trial["state"] for trial in group]
         rows.append(
             [
-                " ".join([arm, labels, f"{fraction:.4g}", *model]),
+                " ".join([arm, labels, f"{fraction:.4g}", *names]),
                 "" if alpha is None else f"{alpha:.4g}",
                 f"{mean(known):.4f}" if known else "",
                 ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),

@@ -46,6 +46,11 @@ class Batch:
     tasks: torch.Tensor  # (targets,): LABEL or RATIONALE
     weights: torch.Tensor  # (targets,): of a target within the mean of its task
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """How many the encoder reads, and how many targets there are."""
+        return len(self.inputs.ids), len(self.targets)
+
     def totals(self) -> torch.Tensor:
         """The sum of weights of each task, of shape (2,)."""
         return self._by_task(self.weights)

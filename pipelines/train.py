@@ -117,6 +117,7 @@ def train_student(line: Lineage, run: Run, messages: Any, callbacks: Sequence[An
             best={"step": state["best_step"], "accuracy": state["best_accuracy"]},
             history=state["history"],
             train_seconds=round(state["train_seconds"], 2),
+            tokens={"read": state["tokens_read"], "written": state["tokens_written"]},
             examples_per_second=round(state["step"] * line.recipe.student.batch_size / state["train_seconds"], 1),
             parameters=made["parameters"],
             cut=made["cut"],

@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed
 import ray.train
 import torch
+from ray.util import get_current_placement_group
 from torch import distributed
 
 from pipelines.artifact import Artifact
@@ -65,6 +66,8 @@ class State:
     best_accuracy: float = -1.0
     looks_since_best: int = 0
     train_seconds: float = 0.0
+    tokens_read: int = 0  # by the encoder, over all workers
+    tokens_written: int = 0  # that the decoder learnt
     stopped_early: bool = False
     losses: list[dict[str, float]] = field(default_factory=list)  # of each step
     history: list[dict[str, Any]] = field(default_factory=list)  # of each look at validation
@@ -173,9 +176,10 @@ class _Worker:
         mine = parts[self.rank * s.gradient_accumulation :][: s.gradient_accumulation]
         batches = [self.collate(part) for part in mine]
         totals = torch.stack([*(batch.totals() for batch in batches)]).sum(dim=0)
-        agreed = torch.cat([totals, totals.new_tensor([float(due and self.rank == 0)])])
+        read, written = (sum(counts) for counts in zip(*(batch.tokens for batch in batches), strict=True))
+        agreed = torch.cat([totals, totals.new_tensor([float(due and self.rank == 0), read, written])])
         distributed.all_reduce(agreed)
-        totals = agreed[:2]
+        totals, (due_now, read, written) = agreed[:2], agreed[2:].tolist()
         torch.manual_seed(((self.run.seed * 1_000_003 + step) * 1009 + self.rank) % 2**63)
         sums = torch.zeros_like(totals)
         for batch in batches:
@@ -188,6 +192,8 @@ class _Worker:
         losses = self.objective.losses(sums, totals)
         state.step += 1
         state.train_seconds += seconds
+        state.tokens_read += int(read)
+        state.tokens_written += int(written)
         state.losses.append({"step": state.step, **losses})
         if self.tracker:
             speed = s.batch_size / seconds
@@ -195,7 +201,7 @@ class _Worker:
             self.tracker.log(state.step, {**losses, "examples_per_second": speed, "learning_rate": rate})
             if state.step % 10 == 0:
                 self.job.messages.put_nowait(("step", self.run.name, state.step, losses, speed))
-        return bool(agreed[2] > 0)
+        return bool(due_now > 0)
 
     def _learn(self, batch: Batch, totals: torch.Tensor) -> torch.Tensor:
         autocast = (
@@ -303,7 +309,14 @@ class _Worker:
 
     def _metrics(self) -> dict[str, Any]:
         """What Ray is told, which compares students by it."""
-        return {"step": self.state.step, "accuracy": max(self.state.best_accuracy, 0.0)}
+        state = self.state
+        return {
+            "step": state.step,
+            "accuracy": max(state.best_accuracy, 0.0),
+            "tokens_read": state.tokens_read,
+            "tokens_written": state.tokens_written,
+            "placement_group": get_current_placement_group().id.hex(),  # by which a search frees it
+        }
 
     # what is kept
 

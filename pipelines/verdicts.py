@@ -45,7 +45,7 @@ def judge_rationales(scores: Sequence[Score], resamples: int) -> Verdict:
     pairs = {}
     for point, group in groups.items():
         if point.arm == "step_by_step":
-            paired = paired_outcomes(group, groups.get(point.under("standard"), []))
+            paired = paired_outcomes(group, groups.get(point.standard(), []))
             if paired is not None:
                 pairs[point] = paired
     if not pairs:
@@ -62,7 +62,7 @@ def judge_rationales(scores: Sequence[Score], resamples: int) -> Verdict:
         point = next(iter(pairs))
         where = f"with {groups[point][0].examples:,} {point.labels} labels"
     else:
-        where = f"averaged over {len(pairs)} amounts and kinds of labels"
+        where = f"averaged over {len(pairs)} comparisons"
     opening = {
         "helped": "Rationales helped here",
         "hurt": "Rationales hurt here",
@@ -131,7 +131,8 @@ def judge_control(scores: Sequence[Score], resamples: int) -> str:
     pairs = []
     for point, group in groups.items():
         if point.arm == "step_by_step":
-            shuffled = [p for p in groups if p.under("standard") == point.under("standard") and p.arm == _CONTROL]
+            own = point._replace(arm=_CONTROL, alpha=None)
+            shuffled = [p for p in groups if p.arm == _CONTROL and p._replace(alpha=None) == own]
             pairs += [pair for p in shuffled if (pair := paired_outcomes(group, groups[p])) is not None]
     if not pairs:
         return ""

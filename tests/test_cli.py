@@ -79,6 +79,11 @@ def test_rationales_from_given_texts_end_in_one_json_object(
         ("task=absent.yaml", "absent.yaml"),
         ("teacher.outputs={train: absent_*.json}", "absent_*.json"),
         ("storage=nowhere://x", "nowhere"),
+        ("search.space={fraction: 1.5}", "search.space.0.fraction"),
+        ("search.space={alpha: [0.5, -0.1]}", "search.space.0.alpha"),
+        ("search.space={alpha: []}", "search.space.0.alpha"),
+        ("search.space=[]", "search.space"),
+        ("search.metric=bleu", "'search.metric'"),
     ],
 )
 def test_mistakes_in_the_recipe_are_named(

@@ -8,6 +8,7 @@ from pipelines.comparison import (
     Interval,
     Score,
     bootstrap,
+    by_alpha,
     effect_of,
     percent,
     signed,
@@ -168,3 +169,23 @@ def test_signed(share: float, text: str) -> None:
 
 def test_percent() -> None:
     assert percent(0.8123) == "81.2"
+
+
+def trial(accuracy: float | None, **keys: Any) -> dict[str, Any]:
+    run = Run.model_validate({"arm": "step_by_step", "alpha": 0.5} | {k: v for k, v in keys.items() if k != "state"})
+    return {**run.model_dump(), "accuracy": accuracy, "state": keys.get("state", "done"), "chosen": False}
+
+
+def test_alphas_are_means_over_seeds_where_there_is_more_than_one() -> None:
+    trials = [
+        trial(0.6, alpha=0.25, seed=0),
+        trial(0.5, alpha=0.25, seed=1, state="stopped"),
+        trial(0.8, alpha=0.75),
+        trial(None, alpha=0.75, seed=1, state="failed"),
+        trial(0.9, alpha=0.5, fraction=0.5),
+        trial(0.4, arm="standard", alpha=None),
+    ]
+    low, high = by_alpha(trials)
+    assert (low.alpha, low.accuracies, low.stopped) == (0.25, (0.6, 0.5), 1)
+    assert low.mean == pytest.approx(0.55)
+    assert (high.alpha, high.accuracies, high.stopped) == (0.75, (0.8,), 0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.artifact import open_store
-from pipelines.console import say, show_table
+from pipelines.console import duration, say, show_table
 from pipelines.examples import build_examples
 from pipelines.lineage import Lineage
 
@@ -57,3 +57,11 @@ def test_threads_speak_of_their_own(lines: Callable[[], list[dict[str, Any]]], t
     assert {(made["key"], made["message"]) for made in lines()} == {("a", "a"), ("b", "b")}
     say("another", stage="search")
     assert [made["stage"] for made in lines()] == ["search"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.4, "9.4 s"), (59.6, "60 s"), (60, "1 min 0 s"), (231.4, "3 min 51 s"), (7500, "2 h 5 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

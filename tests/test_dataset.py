@@ -489,3 +489,18 @@ def test_positions_are_even_and_depend_on_the_seed() -> None:
     assert abs(sum(positions) / 2000 - 0.5) < 0.03
     assert position_in_unit("id1", 0) != position_in_unit("id1", 1) != position_in_unit("id1")
     assert position_in_unit("id1") == position_in_unit("id1")
+
+
+def test_of_several_teachers_a_run_may_hear_one_alone() -> None:
+    """Its labels and its rationales; who was not asked by it is no row of its."""
+    both, one = row(0), row(1)
+    other = both["rationales"][0] | {"teacher": "u", "rationale": "why not", "label": "bad"}
+    rows = [both | {"rationales": [*both["rationales"], other]}, one]
+    heard = {run.teacher: draw_rows(rows, run) for run in (Run(arm="step_by_step", teacher=t) for t in ("t", "u"))}
+    assert [sorted(r.text for made in heard[t] for r in made.rationales) for t in ("t", "u")] == [
+        ["why 0", "why 1"],
+        ["why not"],
+    ]
+    assert len(heard["u"]) == 2, "gold labels are no teacher's"
+    (of_u,) = draw_rows(rows, Run(arm="step_by_step", labels="teacher", teacher="u"))
+    assert (of_u.row_id, of_u.label, [r.text for r in of_u.rationales]) == ("id0", "bad", ["why not"])

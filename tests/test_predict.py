@@ -1,9 +1,14 @@
 """Files of any size through a student: the same rows, one answer each, nothing lost, nothing done twice."""
 
+import csv
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -70,7 +75,46 @@ def test_a_row_that_is_none_of_the_task_stays_with_the_reason(student: str, tmp_
     assert made["problems"] == 3
 
 
-def test_killed_it_goes_on_after_the_last_part(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_as_a_process_it_loses_no_row_and_doubles_none(student: str, tmp_path: Path) -> None:
+    (column,) = TASK.fields
+    file = messages(tmp_path / "m.jsonl", [{column: f"Order {n} broke.", "n": n} for n in range(400)])
+    code = "import sys; from pipelines import predict as p; p.PART_ROWS = 5; p.predict_files(sys.argv[1], sys.argv[2:])"
+    process = subprocess.Popen([sys.executable, "-c", code, student, file])
+    rows = Path(f"{file}.predictions", "rows")
+    while len(list(rows.glob("*.parquet"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in rows.glob("*.parquet")}
+    assert 3 <= len(before) < 80
+    (made,) = predict_files(student, [file])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [row["n"] for row in read(made["predictions"])] == list(range(400))
+    assert made["rows"] == 400
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_any_kind_of_file_is_read(student: str, tmp_path: Path, ending: str) -> None:
+    (column,) = TASK.fields
+    content = [{column: "It broke, alas.", "n": 1}, {column: 'It "broke".', "n": 2}]
+    path = tmp_path / f"m.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(content), path)
+    elif ending == "jsonl":
+        messages(path, content)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [column, "n"], delimiter="\t" if ending == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(content)
+    (made,) = predict_files(student, [str(path)])
+    rows = read(made["predictions"])
+    assert [(row[column], int(row["n"])) for row in rows] == [("It broke, alas.", 1), ('It "broke".', 2)]
+    assert all(row["predicted_label"] in TASK.answer.labels and 0 < row["confidence"] <= 1 for row in rows)
+
+
+def test_stopped_it_goes_on_after_the_last_part(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = messages(tmp_path / "m.jsonl")
     answer, answered = predict._answer, []
 
@@ -106,8 +150,6 @@ def test_an_empty_file_has_no_predictions_and_a_missing_one_is_named(student: st
 
 
 def test_a_parquet_file_keeps_its_types(student: str, tmp_path: Path) -> None:
-    import pyarrow as pa
-
     (column,) = TASK.fields
     table = pa.table({column: ["It broke."] * 7, "price": pa.array(range(7), pa.float64())})
     pq.write_table(table, tmp_path / "m.parquet")

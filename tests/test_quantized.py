@@ -7,7 +7,9 @@ from torch import nn
 from pipelines.predictor import can_run
 from pipelines.quantized import Int8Linear, quantize
 
-pytestmark = pytest.mark.skipif(not can_run("int8"), reason="this processor has no int8 products")
+pytestmark = pytest.mark.slow  # it imports torch
+if not can_run("int8"):
+    pytest.skip("this processor has no int8 products", allow_module_level=True)
 
 
 @pytest.fixture

@@ -71,6 +71,20 @@ def test_alpha_is_tried_where_there_are_two_tasks() -> None:
     assert len(one) == 9
 
 
+def test_teachers_are_tried_where_something_is_learnt_from_them() -> None:
+    points = space(space={"teacher": ["large", "lab/small"], "labels": ["gold", "teacher"]}).points()
+    assert [(p.arm, p.labels, p.teacher) for p in points] == [
+        ("standard", "gold", None),
+        ("step_by_step", "gold", "large"),
+        ("step_by_step", "gold", "lab/small"),
+        ("standard", "teacher", "large"),
+        ("step_by_step", "teacher", "large"),
+        ("standard", "teacher", "lab/small"),
+        ("step_by_step", "teacher", "lab/small"),
+    ]
+    assert points[2].name == "step_by_step-gold-1-small-seed0"
+
+
 def test_the_small_preset_is_a_first_look() -> None:
     points = space(space=GRID, preset="small").points()
     assert {(p.fraction, p.seed) for p in points} == {(0.125, 0), (1.0, 0)}

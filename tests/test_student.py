@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MT5Config, T5Config, UMT5Config
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, MT5Config, T5Config, UMT5Config
 
 from pipelines.draw import Rationale, TrainRow
 from pipelines.errors import UserError
@@ -341,6 +341,22 @@ def test_random_initialisation_keeps_the_shape_and_follows_the_seed() -> None:
     weights = [m.get_input_embeddings().weight for m in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_student_may_read_bytes(tmp_path: Path) -> None:
+    """As ByT5 does."""
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    T5Config(vocab_size=384, decoder_start_token_id=0, **shape).save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    student = load_student(str(tmp_path), init="random")
+    batch = collator(student, inputs=256, targets=256)(ROWS)
+    assert read(student, batch) == LABELS + RATIONALES
+    assert batch.tokens == (
+        sum(len(source.encode()) + 1 for source, _ in LABELS + RATIONALES),
+        sum(len(target.encode()) + 1 for _, target in LABELS + RATIONALES),
+    )
+    loss, _ = Objective(student[0], 0.5)(batch)
+    assert loss.isfinite()
 
 
 def test_a_decoder_only_model_is_refused() -> None:

@@ -86,7 +86,7 @@ def test_several_comparisons_are_averaged_and_told_one_by_one() -> None:
     verdict = judge_rationales(pair(50, 70, fraction=0.5) + pair(70, 60) + pair(80, 80, labels="teacher"), RESAMPLES)
     assert verdict.difference is not None
     assert verdict.difference.mean == pytest.approx((0.2 - 0.1 + 0) / 3)
-    assert "averaged over 3 amounts and kinds of labels" in verdict.sentence
+    assert "averaged over 3 comparisons" in verdict.sentence
     assert "helped in 1, hurt in 1 and can't be told apart from zero in 1 of 3" in verdict.detail
 
 
@@ -150,6 +150,18 @@ def test_the_control_tells_whether_what_rationales_say_matters() -> None:
     level = curve(step_by_step=[60, 70, 80], shuffled_rationale=[60, 70, 80])
     assert "may be owed to the second task alone" in judge_control(level, RESAMPLES)
     assert judge_control(curve(standard=[1, 2, 3], step_by_step=[1, 2, 3]), RESAMPLES) == ""
+
+
+def test_each_teachers_rationales_are_held_against_standard_and_their_own_control() -> None:
+    scores = [
+        score(outcomes(50), arm="standard"),
+        *(score(outcomes(right), arm="step_by_step", teacher=t) for t, right in (("t", 60), ("u", 70))),
+        score(outcomes(65), arm="shuffled_rationale", teacher="u"),
+    ]
+    verdict = judge_rationales(scores, RESAMPLES)
+    assert verdict.difference is not None
+    assert verdict.difference.mean == pytest.approx(0.15)
+    assert "5.0 points above the control" in judge_control(scores, RESAMPLES)
 
 
 def test_the_smallest_student_beyond_its_teacher() -> None:

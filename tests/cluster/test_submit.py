@@ -13,6 +13,8 @@ from cluster.submit import Job, connect, describe, exit_code
 from pipelines.cli import OnCluster
 from pipelines.errors import UserError
 
+pytestmark = pytest.mark.slow  # it imports Ray
+
 Parsed = Callable[[str], tuple[str, dict[str, Any]]]
 
 

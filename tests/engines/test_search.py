@@ -61,20 +61,32 @@ def test_a_search_is_killed_goes_on_and_chooses_on_validation(place: Any) -> Non
     trained = {run: line.student(run).manifest()["finished"] for run in chosen}
     search_students(line)
     assert {run: line.student(run).manifest()["finished"] for run in chosen} == trained
-    report = build_report(line, runs=chosen).manifest()
+    report = build_report(line, chosen=chosen).manifest()
     assert [cell["arm"] for cell in report["table"]] == ["standard", "step_by_step"]
 
 
-def test_workers_of_a_stopped_trial_end_with_it(place: Any) -> None:
+def test_workers_of_a_stopped_trial_end_with_it_and_leave_their_places(
+    place: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
     from ray import tune
 
+    from pipelines.trials import TrialWatch
+
+    free = ray.available_resources()["CPU"]
     line: Lineage = place.line("student.steps=100000", "student.eval_every=2")
     run = Run(arm="standard")
     with progress_of("days", 100_000) as messages:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trial, line=line, messages=messages), {"CPU": 0.01}),
             param_space={"run": tune.grid_search([run.model_dump()])},
-            run_config=tune.RunConfig(name="stopped", storage_path=str(place.storage), stop={"step": 4}, verbose=0),
+            run_config=tune.RunConfig(
+                name="stopped",
+                storage_path=str(place.storage),
+                stop={"step": 4},
+                callbacks=[TrialWatch(2, 100_000)],
+                verbose=0,
+            ),
         )
         (result,) = tuner.fit()
     assert result.error is None
@@ -85,3 +97,7 @@ def test_workers_of_a_stopped_trial_end_with_it(place: Any) -> None:
         time.sleep(0.2)
     assert not workers()
     assert not line.student(run).done()
+    while ray.available_resources()["CPU"] < free and time.time() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == free
+    assert "1 of 2 students tried, about" in capsys.readouterr().out

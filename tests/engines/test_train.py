@@ -1,6 +1,7 @@
 """Ray Train and DeepSpeed with one and two workers, from texts that are given: exact, killed, refused."""
 
 import json
+import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -191,6 +192,10 @@ def test_another_number_of_workers_goes_on_with_the_same_losses(place: Place, ru
     assert running[0].reached() < 100
     with pytest.raises(UserError, match=r"written under ZeRO 2; go on with student\.zero_stage=2"):
         train(place, *settings, "student.zero_stage=1")
+    other = (*settings, "student.alpha=0.1")
+    shutil.copytree(student(place.line(*settings)).path("ray"), student(place.line(*other)).path("ray"))
+    with pytest.raises(UserError, match="the checkpoint in it is of another run"):
+        train(place, *other)
     line = train(place, *settings, "student.workers=1")
     made = [row["loss"] for row in losses(line)]
     assert made == pytest.approx(plain_losses(line, 100), rel=1e-2, abs=1e-3)

@@ -12,6 +12,8 @@ from pipelines.errors import UserError
 from serve.run import settings_for
 from serve.settings import Settings, Traffic
 
+pytestmark = pytest.mark.slow  # it imports Ray and torch
+
 
 def test_beyond_loopback_a_key_is_asked_for() -> None:
     for host, wanted in (("127.0.0.1", False), ("localhost", False), ("::1", False), ("0.0.0.0", True), ("me", True)):
