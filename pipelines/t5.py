@@ -28,14 +28,19 @@ class Rows:
         self.ids = torch.tensor([i for row in rows for i in row]).to(device)
         self.real = real.to(device)
         self.padded = min(self.lengths) < max(self.lengths)
-        self._places = real.flatten().nonzero().squeeze(1).to(device)
+        places = real.flatten()
+        self._places = places.nonzero().squeeze(1).to(device)
+        self._token_at = (places.cumsum(0) - 1).clamp_(min=0).to(device)  # where there is none, the one before
 
     def grid(self, values: torch.Tensor) -> torch.Tensor:
-        """(tokens, n) → (rows, longest length, n), zero where there is no token."""
+        """(tokens, n) → (rows, longest length, n); what stands where there is no token means nothing."""
         if not self.padded:
             return values.view(*self.real.shape, -1)
-        flat = values.new_zeros(self.real.numel(), values.shape[1])
-        return flat.index_copy(0, self._places, values).view(*self.real.shape, -1)
+        if torch.is_grad_enabled():  # going back, a copy is faster
+            flat = values.new_zeros(self.real.numel(), values.shape[1]).index_copy(0, self._places, values)
+        else:
+            flat = values.index_select(0, self._token_at)
+        return flat.view(*self.real.shape, -1)
 
     def tokens(self, grid: torch.Tensor) -> torch.Tensor:
         """(rows, longest length, n) → (tokens, n)."""
