@@ -7,6 +7,7 @@ is loaded. Temperature, threshold and precision are chosen on validation; `evalu
 
 import json
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -98,7 +99,8 @@ def _bundle(line: Lineage, artifact: Artifact, dataset: Artifact, students: list
             "measures": measures,
             "milliseconds": _milliseconds(fast, validation.rows),
         }
-        predictor.save(made)
+        shutil.copytree(given, made, dirs_exist_ok=True)
+        predictor.describe(made)
         Path(made, "README.md").write_text(_card(line, student, split, facts), encoding="utf-8")
         write_checksums(Path(made))
         artifact.fs.put(f"{made}/", f"{artifact.path(BUNDLE)}/", recursive=True)
@@ -137,8 +139,7 @@ def _choose_precision(
     for precision in _LOWER:
         if export.precision != precision and not (export.precision == "auto" and can_run(precision)):
             continue
-        lower = Predictor.open(folder)
-        lower.lower(precision)
+        lower = Predictor.open(folder, precision=precision)
         made = _score(lower, validation.rows).made
         same = [fp32.task.same(a.label, b.label) for a, b in zip(validation.made, made, strict=True)]
         agreement, speed = sum(same) / len(same), _speed(lower, validation.rows)

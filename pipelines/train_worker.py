@@ -127,6 +127,8 @@ class _Worker:
         self.predictor = Predictor(
             self.model, self.tokenizer, job.task, s.max_input_tokens, longest, self.run.arm, s.prefix
         )
+        if s.zero_stage == 3:
+            self.predictor.all_done = self._all_done
         self.state = State(job.artifact.key, self.world, s.zero_stage)
 
     def prepare(self) -> None:
@@ -296,6 +298,12 @@ class _Worker:
         filled = mine + rows[: share - len(mine)]
         made = self.predictor.predict([r["input"] for r in filled], [r["choices"] for r in filled])
         return sum(task.same(p.label, row["label"]) for p, row in zip(made, mine, strict=False))
+
+    def _all_done(self, mine: bool) -> bool:
+        """Whether all workers have written their texts. Until then all run passes, in which ZeRO 3 gathers weights."""
+        busy = torch.tensor([float(not mine)], device=self.device)
+        distributed.all_reduce(busy)
+        return not busy.item()
 
     def _explain(self) -> list[dict[str, str]]:
         """What the student writes as rationales of a few validation rows, if it learns to."""

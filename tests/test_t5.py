@@ -87,9 +87,11 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_rows_become_a_grid_and_tokens_again() -> None:
     rows = t5.Rows([[5], [6, 7, 8], [9, 10]])
     values = torch.arange(12.0).view(6, 2)
-    grid = rows.grid(values)
-    assert grid.shape == (3, 3, 2)
-    assert grid[0].tolist() == [[0, 1], [0, 0], [0, 0]]
-    assert torch.equal(rows.tokens(grid), values)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            grid = rows.grid(values)
+            assert grid.shape == (3, 3, 2)
+            assert grid[1].tolist() == values[1:4].tolist()
+            assert torch.equal(rows.tokens(grid), values)
     assert rows.ids.tolist() == [5, 6, 7, 8, 9, 10]
     assert rows.real.sum(dim=1).tolist() == rows.lengths == [1, 3, 2]
