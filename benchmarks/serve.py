@@ -66,32 +66,26 @@ def compare(
 ) -> None:
     """Run all sides in turn; print tables, then one JSON object."""
     rounds, seconds = (1, 2.0) if quick else (rounds, seconds)
-    console = Console()
+    console, cores = Console(), os.cpu_count() or 1
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as made:
-        folders = {name: Path(made, name) for name in ("small", "open", "base", "quickstart")}
-        for folder in folders.values():
-            folder.mkdir()
-        texts = make_bundle(folders["small"], "small")
-        small = _medians(time_sides(closed_sides(folders["small"], threads), texts, SIZES, rounds))
-        make_bundle(folders["open"], "small", OPEN)
-        small |= _medians(time_sides(open_sides(folders["open"]), texts, SIZES, 1 if quick else min(rounds, 3)))
-        _show(console, "T5 v1.1 small, ms a batch", SIZES, small)
-        own = make_bundle(folders["quickstart"], "quickstart")
-        student = _medians(time_sides(closed_sides(folders["quickstart"], threads), own, SIZES, min(rounds, 3)))
-        _show(console, "quickstart's student, ms a batch", SIZES, student)
-        ratios = _ratios(small)
-        others = {"quickstart": _ratios(student)}
-        if not quick:
-            of_base = make_bundle(folders["base"], "base")
-            base = _medians(time_sides(closed_sides(folders["base"], threads), of_base, SIZES, min(rounds, 2)))
-            _show(console, "T5 base, ms a batch", SIZES, base)
-            others["base"] = _ratios(base)
+        folder = Path(made, "small")
+        texts = make_bundle(folder, "small")
+        small = _medians(time_sides(closed_sides(folder, threads), texts, SIZES, rounds))
+        small |= _time_open(Path(made, "open"), 1 if quick else min(rounds, 3))
+        _show(console, f"T5 v1.1 small, {threads} threads: ms a batch", SIZES, small)
+        wanted = [("quickstart", threads)] if quick else [("quickstart", threads), ("base", threads), ("small", cores)]
+        others = {}
+        for shape, count in wanted:
+            name = f"{shape}, {count} threads"
+            others[name] = _time_other(Path(made, name), shape, count, 1 if quick else min(rounds, 3))
+            _show(console, f"{name}: ms a batch", SIZES, others[name])
+        torch.set_num_threads(threads)
         rates: Medians = {}
         for noop, connections in ((False, CONNECTIONS), (True, CONNECTIONS[-1:])):
-            rates |= _medians(time_servers(folders["small"], texts, connections, noop, rounds, seconds, threads))
+            rates |= _medians(time_servers(folder, texts, connections, noop, rounds, seconds, threads))
     _show(console, "requests/s at connections", CONNECTIONS, rates)
-    ratios |= _http_ratios(rates, small)
+    ratios = _ratios(small) | _http_ratios(rates, small)
     missing = sorted(MUST.keys() - ratios.keys())
     result = {
         "benchmark": "serve",
@@ -99,25 +93,36 @@ def compare(
         "must": MUST,
         "met": not missing and all(ratios[name] >= least for name, least in MUST.items()),
         "not_measured": missing,
-        "other_shapes": {name: _rounded(made) for name, made in others.items()},
+        "others": {name: _rounded(_ratios(times)) for name, times in others.items()},
         "threads": threads,
         "bf16": can_run("bf16"),
     }
     if not quick:
-        cores = os.cpu_count() or 1
-        student_rate, teacher = 32_000 / student["ours", 32] / threads, teacher_rate(200) / cores  # of one core
-        result["cost_per_1000"] = {
-            "core_hour": core_hour,
-            "student": _cost(student_rate, core_hour),
-            "teacher": _cost(teacher, core_hour),
-            "teacher_over_student": round(student_rate / teacher, 1),
-        }
+        student = 32_000 / others[f"quickstart, {threads} threads"]["ours", 32] / threads
+        result["cost_per_1000"] = _costs(student, teacher_rate(200) / cores, core_hour)
     print(json.dumps(result))
 
 
-def _cost(rate: float, core_hour: float) -> float:
-    """Of 1,000 answers, at so many a second from a core at that price an hour."""
-    return float(f"{1000 / rate / 3600 * core_hour:.3g}")
+def _time_open(folder: Path, rounds: int) -> Medians:
+    texts = make_bundle(folder, "small", OPEN)
+    return _medians(time_sides(open_sides(folder), texts, SIZES, rounds))
+
+
+def _time_other(folder: Path, shape: str, threads: int, rounds: int) -> Medians:
+    texts = make_bundle(folder, shape)
+    torch.set_num_threads(threads)
+    return _medians(time_sides(closed_sides(folder, threads), texts, SIZES, rounds))
+
+
+def _costs(student: float, teacher: float, core_hour: float) -> dict[str, float]:
+    """What 1,000 answers cost, from answers that a core gives in a second."""
+    student_cost, teacher_cost = (float(f"{1000 / rate / 3600 * core_hour:.3g}") for rate in (student, teacher))
+    return {
+        "core_hour": core_hour,
+        "student": student_cost,
+        "teacher": teacher_cost,
+        "teacher_over_student": round(student / teacher, 1),
+    }
 
 
 def _ratios(times: Medians) -> dict[str, float]:

@@ -44,6 +44,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 def make_bundle(folder: Path, shape: str, task: Task = CLOSED) -> list[str]:
     """A bundle of the shape of T5 v1.1 small (77M parameters) or T5 base (223M) with random weights, or of the
     quickstart's student base; and texts for it."""
+    folder.mkdir()
     if shape == "quickstart":
         task = load_task("returns_desk")
         model, tokenizer = load_student(resolve("builtin:quickstart/student"))

@@ -92,7 +92,9 @@ class _Cache:
         self.model, self.stack = model, model.get_decoder()
         states = t5.encode(model, inputs)
         cross = [block.layer[1].EncDecAttention for block in self.stack.block]
-        self.inputs = [t5.keys_and_values(attention, states, inputs) for attention in cross]
+        self.inputs = [
+            tuple(made.contiguous() for made in t5.keys_and_values(attention, states, inputs)) for attention in cross
+        ]
         self.only_real = t5.only_real(inputs, states.dtype)
         self.written: list[list[torch.Tensor]] = []
         self.length = self.room = 0  # of a row, in tokens

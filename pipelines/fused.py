@@ -32,6 +32,8 @@ class PackedLinear(nn.Module):
 
 
 class _Norm(nn.Module):
+    """T5's norm in one operation less."""
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight, self.epsilon = norm.weight, norm.variance_epsilon
@@ -40,15 +42,43 @@ class _Norm(nn.Module):
         return functional.rms_norm(rows, (rows.shape[-1],), self.weight, self.epsilon)
 
 
+class _Direction(nn.Module):
+    """The same up to a factor for each input, which the weights of the layers that follow have taken over."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self._least = float(norm.variance_epsilon * len(norm.weight)) ** 0.5
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return functional.normalize(rows, dim=-1, eps=self._least)
+
+
 def fuse(model: Any) -> None:
     """Join what `t5` calls together. The model can't be trained or saved afterwards, and has no other forward."""
     for stack in (model.get_encoder(), model.get_decoder()):
         for block in stack.block:
-            own, *cross, _ = block.layer
-            _join(own.SelfAttention, "qkv")
+            own, *cross, feed_forward = block.layer
+            attention, dense = own.SelfAttention, feed_forward.DenseReluDense
+            own.layer_norm = _fold(own.layer_norm, attention.q, attention.k, attention.v)
+            _join(attention, "qkv")
             for layer in cross:
+                layer.layer_norm = _fold(layer.layer_norm, layer.EncDecAttention.q)
                 _join(layer.EncDecAttention, "kv")
-        _replace(stack)
+            gated = hasattr(dense, "wi_0")
+            feed_forward.layer_norm = _fold(
+                feed_forward.layer_norm, *((dense.wi_0, dense.wi_1) if gated else (dense.wi,))
+            )
+            if type(dense.act).__name__ == _TANH_GELU:
+                dense.act = nn.GELU(approximate="tanh")
+        stack.final_layer_norm = _Norm(stack.final_layer_norm)
+
+
+@torch.no_grad()
+def _fold(norm: Any, *followers: nn.Linear) -> _Direction:
+    """A norm without its factors, which go into the layers that follow it."""
+    for linear in followers:
+        linear.weight.mul_(norm.weight * len(norm.weight) ** 0.5)
+    return _Direction(norm)
 
 
 def pack(module: nn.Module) -> None:
@@ -73,13 +103,3 @@ def _join(attention: Any, names: str) -> None:
     for name in names:
         delattr(attention, name)
     setattr(attention, names, joined)
-
-
-def _replace(module: nn.Module) -> None:
-    for name, child in list(module.named_children()):
-        if hasattr(child, "variance_epsilon"):
-            setattr(module, name, _Norm(child))
-        elif type(child).__name__ == _TANH_GELU:
-            setattr(module, name, nn.GELU(approximate="tanh"))
-        else:
-            _replace(child)

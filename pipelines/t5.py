@@ -31,6 +31,7 @@ class Rows:
         places = real.flatten()
         self._places = places.nonzero().squeeze(1).to(device)
         self._token_at = (places.cumsum(0) - 1).clamp_(min=0).to(device)  # where there is none, the one before
+        self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
     def grid(self, values: torch.Tensor) -> torch.Tensor:
         """(tokens, n) → (rows, longest length, n); what stands where there is no token means nothing."""
@@ -46,6 +47,18 @@ class Rows:
         """(rows, longest length, n) → (tokens, n)."""
         flat = grid.flatten(0, 1)
         return flat.index_select(0, self._places) if self.padded else flat
+
+    def split(self, values: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
+        """(tokens, parts * heads * n) → as many parts of shape (rows, heads, longest length, n), as a grid each."""
+        if torch.is_grad_enabled() or len(self.ids) == len(self.lengths):
+            grid = self.grid(values)
+            return grid.view(*grid.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if (parts, heads) not in self._orders:  # one copy, from which products need no other
+            at = self._token_at.view(self.real.shape)[None, :, None] * (parts * heads)
+            head = torch.arange(parts * heads, device=at.device).view(parts, 1, heads, 1)
+            self._orders[parts, heads] = (at + head).flatten()
+        flat = values.view(len(self.ids) * parts * heads, -1).index_select(0, self._orders[parts, heads])
+        return flat.view(parts, len(self.lengths), heads, self.real.shape[1], -1).unbind(0)
 
 
 def encode(model: Any, inputs: Rows) -> torch.Tensor:
@@ -159,25 +172,19 @@ def attend(
 def projections(attention: Any, hidden: torch.Tensor, of: Rows) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values of the same tokens."""
     if hasattr(attention, "qkv"):
-        return _heads(attention, attention.qkv(hidden), of, 3)
+        return of.split(attention.qkv(hidden), 3, attention.n_heads)
     return queries(attention, hidden, of), *keys_and_values(attention, hidden, of)
 
 
 def queries(attention: Any, hidden: torch.Tensor, of: Rows) -> torch.Tensor:
-    return _heads(attention, attention.q(hidden), of)[0]
+    return of.split(attention.q(hidden), 1, attention.n_heads)[0]
 
 
 def keys_and_values(attention: Any, states: torch.Tensor, of: Rows) -> tuple[torch.Tensor, ...]:
     if hasattr(attention, "kv"):
-        return _heads(attention, attention.kv(states), of, 2)
-    return _heads(attention, attention.k(states), of)[0], _heads(attention, attention.v(states), of)[0]
-
-
-def _heads(attention: Any, projected: torch.Tensor, of: Rows, parts: int = 1) -> tuple[torch.Tensor, ...]:
-    """(tokens, parts * heads * n) → as many of shape (rows, heads, longest length, n)."""
-    grid = of.grid(projected)
-    split = grid.view(*grid.shape[:2], parts, attention.n_heads, -1)
-    return split.permute(2, 0, 3, 1, 4).unbind(0)
+        return of.split(attention.kv(states), 2, attention.n_heads)
+    keys, values = attention.k(states), attention.v(states)
+    return of.split(keys, 1, attention.n_heads)[0], of.split(values, 1, attention.n_heads)[0]
 
 
 def _scaled(config: Any) -> bool:

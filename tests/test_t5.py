@@ -95,3 +95,15 @@ def test_rows_become_a_grid_and_tokens_again() -> None:
             assert torch.equal(rows.tokens(grid), values)
     assert rows.ids.tolist() == [5, 6, 7, 8, 9, 10]
     assert rows.real.sum(dim=1).tolist() == rows.lengths == [1, 3, 2]
+
+
+@pytest.mark.parametrize("rows", [[[5], [6, 7, 8], [9, 10]], [[5, 6], [7, 8]], [[5], [6]]])
+def test_heads_are_split_alike_with_and_without_gradients(rows: list[list[int]]) -> None:
+    made = t5.Rows(rows)
+    values = torch.randn(len(made.ids), 2 * 3 * 4)
+    with torch.no_grad():
+        fast = made.split(values, 2, 3)
+    for part, other in zip(made.split(values, 2, 3), fast, strict=True):
+        assert part.shape == (len(rows), 3, max(map(len, rows)), 4)
+        for row, length in enumerate(made.lengths):
+            assert torch.equal(part[row, :, :length], other[row, :, :length])
