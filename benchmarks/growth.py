@@ -203,8 +203,8 @@ class _Here:
 CURVES: dict[str, tuple[Callable[[int], Row], Sequence[int]]] = {
     "rows": (_rows, (20_000, 100_000, 400_000)),
     "files": (_files, (1_000, 10_000, 100_000)),
-    "tasks": (_tasks, (1_000, 5_000, 20_000)),
-    "nodes": (_nodes, (5, 10, 20)),
+    "tasks": (_tasks, (1_000, 4_000, 16_000)),
+    "nodes": (_nodes, (4, 8, 16)),
 }
 
 
