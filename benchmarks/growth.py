@@ -97,7 +97,7 @@ def _files(count: int) -> Row:
         for number in range(count):
             rows = [
                 dict.fromkeys(GENERATIONS.names)
-                | {"row_id": f"{number:08x}{row:08x}", "sample": 0, "text": _TEXT, "finish_reason": "stop"}
+                | {"row_id": f"{number:012x}{row:012x}", "sample": 0, "text": _TEXT, "finish_reason": "stop"}
                 for row in range(_ROWS_OF_A_PART)
             ]
             artifact.write_part(f"{ROWS}/{number:08x}", pa.Table.from_pylist(rows, GENERATIONS))
@@ -107,7 +107,7 @@ def _files(count: int) -> Row:
         listed = time.perf_counter()
         done = keys_on_disk(artifact)
         read = time.perf_counter()
-        asked = make_keys([(f"{n:08x}{row:08x}", 0) for n in range(count, count + 1000) for row in range(64)])
+        asked = make_keys([(f"{n:012x}{row:012x}", 0) for n in range(count, count + 1000) for row in range(64)])
         wanted = int((~among(asked, done)).sum())
         joined = time.perf_counter()
         assert (found, len(done), wanted) == (count, count * _ROWS_OF_A_PART, len(asked))
@@ -203,8 +203,8 @@ class _Here:
 CURVES: dict[str, tuple[Callable[[int], Row], Sequence[int]]] = {
     "rows": (_rows, (20_000, 100_000, 400_000)),
     "files": (_files, (1_000, 10_000, 100_000)),
-    "tasks": (_tasks, (1_000, 5_000, 20_000)),
-    "nodes": (_nodes, (5, 10, 20)),
+    "tasks": (_tasks, (1_000, 4_000, 16_000)),
+    "nodes": (_nodes, (4, 8, 16)),
 }
 
 

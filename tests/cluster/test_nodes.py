@@ -111,7 +111,7 @@ def test_a_node_with_an_engine_dies(
 
 
 STUDENT = [
-    "student={steps: 40, eval_every: 20, checkpoint_every: 5, batch_size: 8, learning_rate: 1.0e-3, precision: fp32, "
+    "student={steps: 60, eval_every: 30, checkpoint_every: 5, batch_size: 8, learning_rate: 1.0e-3, precision: fp32, "
     "dropout: 0.1, workers: 2, zero_stage: 2}",
     "source.validation_share=0.2",
     "evaluate.split=validation",
@@ -135,7 +135,7 @@ def test_a_node_with_a_worker_of_training_dies_and_one_in_a_search(
         return [f"storage={tmp_path / storage}", *STUDENT]
 
     def lose_a_node(command: Running, student: Run) -> str:
-        command.wait_until(lambda: steps(broken, student) >= 10)
+        command.wait_until(lambda: steps(broken, student) >= 20)  # Ray Train hears of checkpoints every two seconds
         reached, at = steps(broken, student), time.time() - command.start
         nodes.pop(0).kill()
         nodes.append(add_node())
@@ -157,7 +157,7 @@ def test_a_node_with_a_worker_of_training_dies_and_one_in_a_search(
     assert "goes on from the checkpoint of step" in training.log.read_text()
     for student in (FIRST, SECOND):
         losses, undisturbed = (line.student(student).read_table("losses").to_pylist() for line in (broken, whole))
-        assert [row["step"] for row in losses] == list(range(1, 41))
+        assert [row["step"] for row in losses] == list(range(1, 61))
         assert losses == undisturbed, "to the last digit"
     columns = ["name", "key", "state", "accuracy", "chosen"]
     trials, undisturbed = (line.search.read_table("trials", columns).to_pylist() for line in (broken, whole))

@@ -85,6 +85,8 @@ class Endpoint:
         self.address = self.head.address
 
     def start_head(self) -> Node:
+        # or `ray start` takes the other nodes for a head that runs, as they are on this machine and name its address
+        (self.folder / "ray_current_cluster").unlink(missing_ok=True)
         environment = {"RAY_REDIS_ADDRESS": self.redis, "RAY_external_storage_namespace": "distill"}
         return self.nodes.enter_context(
             Node(
