@@ -69,7 +69,7 @@ def draw_alphas(tried: Sequence[Tried], size: Size) -> Figure:
     axes.set_xticks(alphas, [f"{alpha:.4g}" for alpha in alphas])
     axes.set(xlabel="alpha, the weight of the label loss", ylabel="right on validation, %")
     _legend(figure, axes, size)
-    return _laid_out(figure)
+    return figure
 
 
 def draw_confidence(metrics: dict[str, Any], size: Size) -> Figure:
@@ -94,7 +94,7 @@ def draw_confidence(metrics: dict[str, Any], size: Size) -> Figure:
     right = _percents([point["accuracy"] for point in metrics["coverage"]])
     covered.plot(share, right, color=_COLOURS["step_by_step"], linewidth=1.8, clip_on=False)
     covered.set(xlabel="rows answered, the surest, %", ylabel="right among them, %", xlim=(0, 102), ylim=(0, 102))
-    return _laid_out(figure)
+    return figure
 
 
 def _draw(
@@ -144,7 +144,7 @@ def _draw(
     axes.minorticks_off()
     axes.set(xlabel=what, ylabel=f"right on {split}, %")
     _legend(figure, axes, size)
-    return _laid_out(figure)
+    return figure
 
 
 def _series(cells: Sequence[Cell], of: Callable[[Cell], int]) -> dict[str, list[Cell]]:
@@ -186,13 +186,6 @@ def _legend(figure: Figure, axes: Axes, size: Size) -> None:
         labelcolor=_INK,
         fontsize=9.5,
     )
-
-
-def _laid_out(figure: Figure) -> Figure:
-    """The figure with its parts in their places, so that it is not laid out for each format anew."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure
 
 
 def _of(model: str | None) -> str:

@@ -38,6 +38,7 @@ class Findings:
     verdict: Verdict
     teacher: Interval | None  # None: it was not asked for this split
     teacher_rows: int
+    other_teachers: dict[str, Interval]  # whose rationales the dataset holds too, where they were asked for this split
     sentences: list[str]  # what else is to be said
     trials: list[dict[str, Any]]  # of the search that chose the students, if one did; rows of `schema.TRIALS`
     tried: list[Tried]
@@ -77,6 +78,7 @@ def find(line: Lineage, runs: Sequence[Run], searched: bool) -> Findings:
         verdict=judge_rationales(scores, resamples),
         teacher=teacher,
         teacher_rows=told["rows"] if told else 0,
+        other_teachers=_other_teachers(line),
         sentences=[sentence for sentence in sentences if sentence],
         trials=trials,
         tried=by_alpha(trials or [_as_trial(student) for student in students]),
@@ -107,6 +109,15 @@ def _read_students(line: Lineage, runs: Sequence[Run]) -> list[Student]:
         )
         students.append(Student(score, artifact, evaluation, trained, evaluated))
     return students
+
+
+def _other_teachers(line: Lineage) -> dict[str, Interval]:
+    """By their model."""
+    made = {}
+    for manifest in (artifact.manifest() for artifact in line.further_rationales):
+        if told := manifest["teacher_accuracy"].get(line.recipe.evaluate.split):
+            made[manifest["recipe"]["teacher"]["model"]] = wilson(told["accuracy"], told["rows"])
+    return made
 
 
 def _told(cell: Cell) -> str:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
@@ -34,9 +35,9 @@ def draw_all(found: Findings) -> dict[str, Figure]:
     """`<name>_wide` and `<name>_narrow` of every figure that there is something to show in."""
     made = {}
     split, metrics, model = found.best.evaluated["split"], found.best.evaluated["metrics"], found.best.score.run.model
-    most = {
-        (c.arm, c.labels, c.model, c.teacher): c.fraction for c in found.cells
-    }  # they stand in the order of their fractions
+    most: dict[tuple[Any, ...], float] = {}
+    for cell in found.cells:  # in the order of their fractions
+        most[cell.arm, cell.labels, cell.model, cell.teacher] = cell.fraction
     largest = [c for c in found.cells if c.fraction == most[c.arm, c.labels, c.model, c.teacher]]
     for name, size in SIZES.items():
         of_model = [cell for cell in found.cells if cell.model == model]

@@ -1,10 +1,12 @@
 """A report with everything on it."""
 
+from typing import Any
+
 import pytest
 
 from pipelines.artifact import Artifact
 from pipelines.report import build_report
-from tests.report.artefacts import lineage, write, write_search
+from tests.report.artefacts import finish, lineage, write, write_search
 
 GRIDS = [
     {
@@ -22,9 +24,13 @@ GRIDS = [
 @pytest.fixture(scope="session")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Over what a search chose: three arms, two amounts of labels of both kinds, two sizes, two teachers, two seeds."""
-    prices = {"teacher": {"model": "some/teacher", "price": {"replica_hour": 2.0}}}
-    prices |= {"student": {"model": "some/student", "price": {"worker_hour": 0.5, "replica_hour": 0.1}}}
-    line = lineage(tmp_path_factory.mktemp("searched"), [{}], search={"space": GRIDS}, **prices)
+    keys: dict[str, Any] = {"teacher": {"model": "some/teacher", "price": {"replica_hour": 2.0}}}
+    keys |= {"student": {"model": "some/student", "price": {"worker_hour": 0.5, "replica_hour": 0.1}}}
+    folder = tmp_path_factory.mktemp("searched")
+    other = lineage(folder, [{}], name="other", teacher={"model": "some/other-teacher"})
+    finish(other, other.rationales, teacher_accuracy={"test": {"accuracy": 0.9, "rows": 200}})
+    keys["dataset"] = {"rationales": [other.rationales.uri]}
+    line = lineage(folder, [{}], search={"space": GRIDS}, **keys)
     chosen = [run for run in line.recipe.search.points() if run.alpha in (None, 0.5, 0.75)]
     gains = {"standard": 0, "step_by_step": 15, "shuffled_rationale": 5}
     right = {run: round(110 + 30 * run.fraction) + gains[run.arm] + 4 * run.seed for run in chosen}

@@ -289,6 +289,7 @@ def test_what_a_search_tried_is_told(searched: Artifact) -> None:
     assert "25 students tried; trained, chosen and scored" in said
     assert "training of 25 students, all that the search tried" in said
     assert "step_by_step alpha 0.5 teacher some/other-teacher" in said
+    assert "another teacher some/other-teacher – – 90.0 85.1 to 93.4" in said
     for name in ("accuracy", "size", "alpha", "confidence"):
         assert Path(searched.path(f"{name}.png")).read_bytes().startswith(b"\x89PNG")
         assert Path(searched.path(f"{name}.svg")).read_text(encoding="utf-8").startswith("<?xml")
