@@ -12,7 +12,9 @@ A bundle is such a directory with what export adds: a name, a version, a calibra
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -202,27 +204,40 @@ class Predictor:
         own = choices or [None] * len(ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of like length waste less
         predictions: dict[int, Prediction] = {}
-        was_training = self.model.training
-        self.model.eval()
-        with torch.inference_mode():
+        with self._at_rest():
             for at in range(0, len(order), batch_size):
                 part = order[at : at + batch_size]
                 rows = t5.Rows([ids[i] for i in part], self.model.device)
                 predictions.update(zip(part, self._predict_batch(rows, [own[i] for i in part], scores), strict=True))
-        self.model.train(was_training)
         return [predictions[i] for i in range(len(ids))]
 
     def explain(self, inputs: Sequence[str], max_new_tokens: int = 128) -> list[str]:
         """What the student writes as rationales, greedily. Only for one that was taught to, and for people to look at:
         no prediction needs it."""
-        was_training = self.model.training
-        self.model.eval()
-        with torch.inference_mode():
+        with self._at_rest():
             rows = t5.Rows(self.read(inputs, RATIONALE_PREFIX), self.model.device)
             made = self._write(rows, RATIONALE_PREFIX, max_new_tokens)
-        self.model.train(was_training)
         ids = [row.ids for row in made]
         return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @cached_property
+    def _label_ids(self) -> dict[str, list[int]]:
+        """Tokens of the task's own labels."""
+        labels = list(self.task.answer.labels)
+        return dict(zip(labels, self.tokenizer(labels)["input_ids"], strict=True)) if labels else {}
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Without dropout and gradients; a model in training goes on as it was."""
+        training = self.model.training
+        if training:  # it takes a millisecond to tell all layers
+            self.model.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if training:
+                self.model.train()
 
     def _predict_batch(
         self, inputs: t5.Rows, choices: list[Sequence[str] | None], scores: bool
@@ -246,8 +261,10 @@ class Predictor:
         input is attended to once and not once a label.
         """
         device, start = self.model.device, self._start(LABEL_PREFIX)
-        unique = list(dict.fromkeys(label for row in labels for label in row))
-        ids = dict(zip(unique, self.tokenizer(unique)["input_ids"], strict=True))
+        unique = dict.fromkeys(label for row in labels for label in row).keys()
+        ids = self._label_ids
+        if not unique <= ids.keys():
+            ids = dict(zip(unique, self.tokenizer(list(unique))["input_ids"], strict=True))
         tokens = [ids[label] for row in labels for label in row]
         previous = t5.Rows([[i for label in row for i in (*start, *ids[label][:-1])] for row in labels], device)
         opening = len(start) - 1
