@@ -4,9 +4,7 @@ Closed sets (`choice`, `row_choice`) are scored: the probability of each label a
 always valid. Expressions and free text are decoded greedily; of an expression no token is taken that would keep it from
 being one, so only where `max_new_tokens` cut it short it is none.
 
-A student's directory is a Hugging Face one with `distill.json` beside it: the task, and how the student was
-taught to answer. One of arm rationale_first can't answer before it has written its rationale, so it writes both.
-A bundle is such a directory with what export adds: a name, a version, a calibration, checksums.
+One of arm rationale_first can't answer before it has written its rationale, so it writes both.
 """
 
 import json
@@ -17,13 +15,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
 from pipelines import decoding, t5
-from pipelines.checksums import SUMS, verify_checksums
-from pipelines.errors import UserError
+from pipelines.bundle import SIDECAR, Bundle, Precision, read_bundle
 from pipelines.fused import fuse, pack
 from pipelines.quantized import quantize
 from pipelines.recipe import Arm
@@ -41,9 +38,6 @@ from pipelines.tasks.expression import may_begin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SIDECAR = "distill.json"
-Precision = Literal["fp32", "bf16", "int8"]
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -56,55 +50,6 @@ class Prediction:
     text: str
     abstained: bool = False
     scores: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What export adds to a student.
-
-    The temperature divides the log-probabilities of the possible answers (Guo et al., ICML 2017, arXiv 1706.04599);
-    of a decoded text these are that text and any other.
-    """
-
-    name: str
-    version: str
-    temperature: float = 1.0
-    abstain_below: float = 0.0
-    precision: Precision = "fp32"  # what it was calibrated in
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """What stands beside a student's weights."""
-
-    task: Task
-    settings: dict[str, Any]  # further arguments of `Predictor`
-    bundle: Bundle | None
-
-
-def read_bundle(folder: str | Path) -> Sidecar:
-    """What a student's directory or a bundle says of itself; a bundle's files are checked against their sums.
-
-    Raises:
-        UserError: it is neither, or a file of the bundle is not what was exported.
-    """
-    folder = Path(folder)
-    if not (folder / SIDECAR).is_file():
-        raise UserError(f"{folder}: no {SIDECAR} in it; give the directory of a student that `distill train` made")
-    sealed = (folder / SUMS).is_file()
-    if sealed:
-        verify_checksums(folder)
-    try:
-        facts = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-        given = facts.get("bundle")
-        bundle = Bundle(**given) if given else None
-        settings = {key: facts[key] for key in ("max_input_tokens", "max_new_tokens", "arm", "prefix")}
-        made = Sidecar(Task.model_validate(facts["task"]), settings, bundle)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: its {SIDECAR} is not one that this version writes; make it again") from error
-    if bundle and not sealed:
-        raise UserError(f"{folder}: it is a bundle without its {SUMS}; copy the whole bundle again")
-    return made
 
 
 class Predictor:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.bundle import Bundle
 from pipelines.checksums import write_checksums
-from pipelines.predictor import Bundle, Prediction, Predictor
+from pipelines.predictor import Prediction, Predictor
 from pipelines.recipe import resolve
 from pipelines.student import load_student
 from pipelines.tasks import load_task
