@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from pipelines.bundle import Bundle
 from pipelines.checksums import write_checksums
-from pipelines.predictor import Bundle, Predictor, can_run
+from pipelines.predictor import Predictor, can_run
 from pipelines.prompts import completion_prompt, stop_strings
 from pipelines.recipe import load_recipe, resolve
 from pipelines.student import LABEL_PREFIX, load_student

@@ -5,7 +5,7 @@ decoder reads of its states (each layer's keys and values) is made once; a pass 
 that have ended leave the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,37 +52,36 @@ def write(
     cache = _Cache(model, inputs)
     for given in start[:-1]:
         cache.read([given] * len(written))
-    open_rows = list(range(len(written)))  # those in the batch
-    tokens = [start[-1]] * len(written)
+    batch = list(range(len(written)))  # its rows
+    going = batch  # places in the batch whose rows are not done
+    tokens = [start[-1]] * len(batch)
     for _ in range(max_new_tokens):
-        tokens, logs = _choose(cache.read(tokens), [written[row].ids for row in open_rows], accepts)
-        going = []
-        for place, row in enumerate(open_rows):
-            if written[row].ids.count(end) < ends:
-                written[row].ids.append(tokens[place])
-                written[row].log_probabilities.append(logs[place])
-                if written[row].ids.count(end) < ends:
-                    going.append(place)
+        tokens, logs = _choose(cache.read(tokens), {place: written[batch[place]].ids for place in going}, accepts)
+        for place in going:
+            written[batch[place]].ids.append(tokens[place])
+            written[batch[place]].log_probabilities.append(logs[place])
+        going = [place for place in going if written[batch[place]].ids.count(end) < ends]
         if all_done(not going):
             break
-        if 0 < len(going) <= _WORTH * len(open_rows):
+        if 0 < len(going) <= _WORTH * len(batch):
             cache.keep(going)
-            open_rows, tokens = [open_rows[place] for place in going], [tokens[place] for place in going]
+            batch, tokens = [batch[place] for place in going], [tokens[place] for place in going]
+            going = list(range(len(batch)))
     return written
 
 
 def _choose(
-    logits: torch.Tensor, written: list[list[int]], accepts: Callable[[list[int]], bool] | None
+    logits: torch.Tensor, written: Mapping[int, list[int]], accepts: Callable[[list[int]], bool] | None
 ) -> tuple[list[int], list[float]]:
-    """Each row's next token and its log-probability."""
+    """Each row's next token and its log-probability; `written` are the rows that go on."""
     chosen = logits.argmax(dim=1)
     if accepts is not None:
-        for row, token in enumerate(chosen.tolist()):
-            if not accepts([*written[row], token]):
+        tokens = chosen.tolist()
+        for row, ids in written.items():
+            if not accepts([*ids, tokens[row]]):
                 likeliest = logits[row].topk(min(_TRIED, logits.shape[1])).indices.tolist()
-                chosen[row] = next((other for other in likeliest if accepts([*written[row], other])), token)
-    logs = t5.log_probabilities(logits, chosen)
-    return chosen.tolist(), logs.tolist()
+                chosen[row] = next((token for token in likeliest if accepts([*ids, token])), tokens[row])
+    return chosen.tolist(), t5.log_probabilities(logits, chosen).tolist()
 
 
 class _Cache:

@@ -20,13 +20,14 @@ import jinja2
 import torch
 
 from pipelines.artifact import Artifact
+from pipelines.bundle import Bundle, Precision
 from pipelines.calibration import calibration_error, choose_threshold, fit_temperature
 from pipelines.checksums import write_checksums
 from pipelines.comparison import wilson
 from pipelines.console import say
 from pipelines.errors import UserError
 from pipelines.lineage import BUNDLE, MODEL, Lineage
-from pipelines.predictor import Bundle, Precision, Prediction, Predictor, can_run
+from pipelines.predictor import Prediction, Predictor, can_run
 from pipelines.prompts import prompt_hash
 from pipelines.recipe import Export, Run
 

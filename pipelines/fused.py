@@ -14,7 +14,11 @@ _TANH_GELU = "NewGELUActivation"  # transformers' name for it, in eight operatio
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without bias and what follows it, with weights in oneDNN's order; inference on CPUs alone."""
+    """A linear layer without bias and what follows it, with weights in oneDNN's order; inference on CPUs alone.
+
+    oneDNN compiles a kernel for every number of rows that it meets, which takes a millisecond or more and is kept for
+    some hundred of them; so rows are filled up to one of sixteen numbers between a power of two and the next.
+    """
 
     weight = None  # what T5 asks for the type of, before it converts to that
 
@@ -24,11 +28,15 @@ class PackedLinear(nn.Module):
         self._activation, self._variant = activation, variant
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """(…, inputs) → (…, outputs)."""
+        """(rows, inputs) → (rows, outputs)."""
+        count = len(rows)
+        more = -count % (1 << max(0, count.bit_length() - 5))
+        if more:
+            rows = functional.pad(rows, (0, 0, 0, more))
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self._packed, None, self._activation, [], self._variant
         )
-        return made
+        return made[:count]
 
 
 class _Norm(nn.Module):

@@ -4,24 +4,23 @@ Closed sets (`choice`, `row_choice`) are scored: the probability of each label a
 always valid. Expressions and free text are decoded greedily; of an expression no token is taken that would keep it from
 being one, so only where `max_new_tokens` cut it short it is none.
 
-A student's directory is a Hugging Face one with `distill.json` beside it: the task, and how the student was
-taught to answer. One of arm rationale_first can't answer before it has written its rationale, so it writes both.
-A bundle is such a directory with what export adds: a name, a version, a calibration, checksums.
+One of arm rationale_first can't answer before it has written its rationale, so it writes both.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
 from pipelines import decoding, t5
-from pipelines.checksums import SUMS, verify_checksums
-from pipelines.errors import UserError
+from pipelines.bundle import SIDECAR, Bundle, Precision, read_bundle
 from pipelines.fused import fuse, pack
 from pipelines.quantized import quantize
 from pipelines.recipe import Arm
@@ -39,9 +38,6 @@ from pipelines.tasks.expression import may_begin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SIDECAR = "distill.json"
-Precision = Literal["fp32", "bf16", "int8"]
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -54,55 +50,6 @@ class Prediction:
     text: str
     abstained: bool = False
     scores: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What export adds to a student.
-
-    The temperature divides the log-probabilities of the possible answers (Guo et al., ICML 2017, arXiv 1706.04599);
-    of a decoded text these are that text and any other.
-    """
-
-    name: str
-    version: str
-    temperature: float = 1.0
-    abstain_below: float = 0.0
-    precision: Precision = "fp32"  # what it was calibrated in
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """What stands beside a student's weights."""
-
-    task: Task
-    settings: dict[str, Any]  # further arguments of `Predictor`
-    bundle: Bundle | None
-
-
-def read_bundle(folder: str | Path) -> Sidecar:
-    """What a student's directory or a bundle says of itself; a bundle's files are checked against their sums.
-
-    Raises:
-        UserError: it is neither, or a file of the bundle is not what was exported.
-    """
-    folder = Path(folder)
-    if not (folder / SIDECAR).is_file():
-        raise UserError(f"{folder}: no {SIDECAR} in it; give the directory of a student that `distill train` made")
-    sealed = (folder / SUMS).is_file()
-    if sealed:
-        verify_checksums(folder)
-    try:
-        facts = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-        given = facts.get("bundle")
-        bundle = Bundle(**given) if given else None
-        settings = {key: facts[key] for key in ("max_input_tokens", "max_new_tokens", "arm", "prefix")}
-        made = Sidecar(Task.model_validate(facts["task"]), settings, bundle)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: its {SIDECAR} is not one that this version writes; make it again") from error
-    if bundle and not sealed:
-        raise UserError(f"{folder}: it is a bundle without its {SUMS}; copy the whole bundle again")
-    return made
 
 
 class Predictor:
@@ -202,27 +149,40 @@ class Predictor:
         own = choices or [None] * len(ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of like length waste less
         predictions: dict[int, Prediction] = {}
-        was_training = self.model.training
-        self.model.eval()
-        with torch.inference_mode():
+        with self._at_rest():
             for at in range(0, len(order), batch_size):
                 part = order[at : at + batch_size]
                 rows = t5.Rows([ids[i] for i in part], self.model.device)
                 predictions.update(zip(part, self._predict_batch(rows, [own[i] for i in part], scores), strict=True))
-        self.model.train(was_training)
         return [predictions[i] for i in range(len(ids))]
 
     def explain(self, inputs: Sequence[str], max_new_tokens: int = 128) -> list[str]:
         """What the student writes as rationales, greedily. Only for one that was taught to, and for people to look at:
         no prediction needs it."""
-        was_training = self.model.training
-        self.model.eval()
-        with torch.inference_mode():
+        with self._at_rest():
             rows = t5.Rows(self.read(inputs, RATIONALE_PREFIX), self.model.device)
             made = self._write(rows, RATIONALE_PREFIX, max_new_tokens)
-        self.model.train(was_training)
         ids = [row.ids for row in made]
         return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @cached_property
+    def _label_ids(self) -> dict[str, list[int]]:
+        """Tokens of the task's own labels."""
+        labels = list(self.task.answer.labels)
+        return dict(zip(labels, self.tokenizer(labels)["input_ids"], strict=True)) if labels else {}
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Without dropout and gradients; a model in training goes on as it was."""
+        training = self.model.training
+        if training:  # it takes a millisecond to tell all layers
+            self.model.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if training:
+                self.model.train()
 
     def _predict_batch(
         self, inputs: t5.Rows, choices: list[Sequence[str] | None], scores: bool
@@ -246,8 +206,10 @@ class Predictor:
         input is attended to once and not once a label.
         """
         device, start = self.model.device, self._start(LABEL_PREFIX)
-        unique = list(dict.fromkeys(label for row in labels for label in row))
-        ids = dict(zip(unique, self.tokenizer(unique)["input_ids"], strict=True))
+        unique = dict.fromkeys(label for row in labels for label in row).keys()
+        ids = self._label_ids
+        if not unique <= ids.keys():
+            ids = dict(zip(unique, self.tokenizer(list(unique))["input_ids"], strict=True))
         tokens = [ids[label] for row in labels for label in row]
         previous = t5.Rows([[i for label in row for i in (*start, *ids[label][:-1])] for row in labels], device)
         opening = len(start) - 1

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 FAMILY = ("t5", "mt5", "umt5")  # values of `config.model_type`
-_AT_ONCE = 16
+_AT_ONCE = 16  # rows of the vocabulary
 
 
 class Rows:
@@ -100,9 +100,10 @@ def logits(model: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of one token of the vocabulary a row, of shape (rows,). In small parts, which stay in a processor's cache."""
-    pairs = zip(logits.split(_AT_ONCE), tokens.split(_AT_ONCE), strict=True)
-    return torch.cat([part.float().log_softmax(dim=1).gather(1, of[:, None]) for part, of in pairs]).squeeze(1)
+    """Of one token of the vocabulary a row, of shape (rows,)."""
+    part = _AT_ONCE if logits.device.type == "cpu" else len(logits)  # a few rows stay in a processor's cache
+    pairs = zip(logits.split(part), tokens.split(part), strict=True)
+    return torch.cat([some.float().log_softmax(dim=1).gather(1, of[:, None]) for some, of in pairs]).squeeze(1)
 
 
 def causal(width: int, device: torch.device | str = "cpu") -> torch.Tensor:

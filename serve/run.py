@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipelines.bundle import Bundle, read_bundle
 from pipelines.console import say
 from pipelines.errors import UserError, explain_invalid
-from pipelines.predictor import Bundle, read_bundle
 from pipelines.ray_session import ray_session
 from serve.keys import Keys
 from serve.settings import Settings

@@ -78,8 +78,9 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """`make_bundle("returns", "1", "returns_desk", seed=0)`: its folder. Other seeds answer differently."""
     import torch  # heavy: only for tests that serve
 
+    from pipelines.bundle import Bundle
     from pipelines.checksums import write_checksums
-    from pipelines.predictor import Bundle, Predictor
+    from pipelines.predictor import Predictor
     from pipelines.recipe import resolve
     from pipelines.student import load_student
     from pipelines.tasks import load_task

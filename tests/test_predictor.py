@@ -122,8 +122,8 @@ def script(predictor: Predictor, texts: list[str], monkeypatch: pytest.MonkeyPat
     rows = [[i for part in text.split("⏎") for i in predictor.tokenizer(part)["input_ids"]] for text in texts]
     free = decoding._choose
 
-    def scripted(logits: torch.Tensor, written: list[list[int]], accepts: Any) -> Any:
-        for at, made in enumerate(written):
+    def scripted(logits: torch.Tensor, written: dict[int, list[int]], accepts: Any) -> Any:
+        for at, made in written.items():
             own = next((row for row in rows if row[: len(made)] == made and (made or row is rows[at])), [])
             if len(made) < len(own):
                 logits[at, own[len(made)]] += 1e4

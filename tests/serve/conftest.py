@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from pipelines.predictor import Bundle, Prediction, Predictor
+from pipelines.bundle import Bundle
+from pipelines.predictor import Prediction, Predictor
 from pipelines.recipe import resolve
 from pipelines.student import load_student
 from pipelines.tasks import load_task

@@ -16,9 +16,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def distill_serve(*arguments: str) -> subprocess.Popen[str]:
+def distill_serve(*arguments: str, output: int = subprocess.PIPE) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pipelines", "serve", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    return subprocess.Popen(command, stdout=output, stderr=output, text=True, env={**os.environ})
 
 
 def wait_until_ready(process: "subprocess.Popen[str]", url: str) -> None:

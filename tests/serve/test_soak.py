@@ -6,6 +6,7 @@ Ten seconds; a minute with STEPDISTILL_SOAK=1.
 import asyncio
 import os
 import statistics
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ SECONDS = 60 if os.environ.get("STEPDISTILL_SOAK") else 10
 SETTINGS = Settings(bundles=("any",))
 WAITING = SETTINGS.ongoing + SETTINGS.queued  # requests that a server holds at most
 CLIENTS = 2 * WAITING
-BODY = {"inputs": ["The lamp stopped working, and I would like to have another. " * 4] * 16}
+BODY = {"inputs": ["The lamp stopped working, and I would like to have another. " * 4] * 2}
 
 
 @dataclass
@@ -44,14 +45,14 @@ class Outcome:
 def server(make_bundle: Callable[..., str]) -> Iterator[tuple[str, psutil.Process]]:
     """Its address and its one replica."""
     port = free_port()
-    process = distill_serve(make_bundle("returns", "1"), "--port", str(port))
+    process = distill_serve(make_bundle("returns", "1"), "--port", str(port), output=subprocess.DEVNULL)
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}")
         (replica,) = replicas(process.pid)
         yield f"http://127.0.0.1:{port}", replica
     finally:
         process.terminate()
-        process.communicate(timeout=120)
+        process.wait(120)
 
 
 async def overload(url: str, replica: psutil.Process, clients: int, seconds: float) -> Outcome:
