@@ -12,7 +12,7 @@ demo: .venv/installed  ## the whole chain on tiny models, with a report at the e
 test: .venv/installed  ## checks, unit tests, then the tests on a real local Ray
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "slow and not ray"
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m "ray and not long"
 
 bench: .venv/installed  ## us and the alternatives, side by side; about an hour; keeps benchmarks/results/*.json
 	mkdir -p benchmarks/results

@@ -80,7 +80,7 @@ def told(line: Lineage) -> list[tuple[Any, ...]]:
     return sorted(tuple(row.values()) for table in tables for row in table.to_pylist())
 
 
-@pytest.mark.parametrize("replaced", [True, False])
+@pytest.mark.parametrize("replaced", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_node_with_an_engine_dies(
     replaced: bool, tmp_path: Path, add_node: Callable[[], Node], run: Callable[..., Running]
 ) -> None:
@@ -120,48 +120,42 @@ STUDENT = [
 FIRST, SECOND = (Run(arm="step_by_step", alpha=alpha) for alpha in (0.25, 0.75))
 
 
-def test_a_node_with_a_worker_of_training_dies_and_one_in_a_search(
+@pytest.mark.parametrize("stage", ["train", pytest.param("search", marks=pytest.mark.long)])
+def test_a_node_with_a_worker_of_training_dies(
+    stage: str,
     tmp_path: Path,
     project: Path,
     add_node: Callable[[], Node],
     run: Callable[..., Running],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first student is trained alone, the second in a search; without a loss, a search trains both."""
     monkeypatch.chdir(project)
     nodes = [add_node(), add_node()]
 
     def overrides(storage: str) -> list[str]:
-        return [f"storage={tmp_path / storage}", *STUDENT]
-
-    def lose_a_node(command: Running, student: Run) -> str:
-        command.wait_until(lambda: steps(broken, student) >= 20)  # Ray Train hears of checkpoints every two seconds
-        reached, at = steps(broken, student), time.time() - command.start
-        nodes.pop(0).kill()
-        nodes.append(add_node())
-        return f"killed at {at:.0f} s, step {reached}: {command.end():.0f} s"
+        return [f"storage={tmp_path / storage}", *STUDENT, "runs=[{arm: step_by_step, alpha: 0.25}]"]
 
     whole, broken = (Lineage(load_recipe("recipe.yaml", overrides(name))) for name in ("whole", "broken"))
     build_rationales(whole)
     build_dataset(whole)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    both = run("search", "recipe.yaml", *overrides("whole")).end()
-    alone = "runs=[{arm: step_by_step, alpha: 0.25}]"
-    training = run("train", "recipe.yaml", *overrides("broken"), alone)
-    told = [lose_a_node(training, FIRST)]
-    search = run("search", "recipe.yaml", *overrides("broken"))
-    told.append(lose_a_node(search, SECOND))
-    seconds = [whole.student(student).manifest()["seconds"] for student in (FIRST, SECOND)]
-    print(f"\nundisturbed: search {both:.0f} s, of which students {seconds[0]:.0f} s and {seconds[1]:.0f} s")
-    print(f"train, one student: {told[0]}\nsearch, the other student: {told[1]}")
-    assert "goes on from the checkpoint of step" in training.log.read_text()
-    for student in (FIRST, SECOND):
-        losses, undisturbed = (line.student(student).read_table("losses").to_pylist() for line in (broken, whole))
+    undisturbed = run(stage, "recipe.yaml", *overrides("whole")).end()
+    command = run(stage, "recipe.yaml", *overrides("broken"))
+    command.wait_until(lambda: steps(broken, FIRST) >= 20)  # Ray Train hears of checkpoints every two seconds
+    reached, at = steps(broken, FIRST), time.time() - command.start
+    nodes[0].kill()
+    add_node()
+    took = command.end()
+    print(f"\n{stage}: {undisturbed:.0f} s; killed at {at:.0f} s, step {reached} of a student: {took:.0f} s")
+    assert "goes on from the checkpoint of step" in command.log.read_text()
+    for student in [FIRST, SECOND] if stage == "search" else [FIRST]:
+        losses, expected = (line.student(student).read_table("losses").to_pylist() for line in (broken, whole))
         assert [row["step"] for row in losses] == list(range(1, 61))
-        assert losses == undisturbed, "to the last digit"
-    columns = ["name", "key", "state", "accuracy", "chosen"]
-    trials, undisturbed = (line.search.read_table("trials", columns).to_pylist() for line in (broken, whole))
-    assert trials == undisturbed
+        assert losses == expected, "to the last digit"
+    if stage == "search":
+        columns = ["name", "key", "state", "accuracy", "chosen"]
+        trials, expected = (line.search.read_table("trials", columns).to_pylist() for line in (broken, whole))
+        assert trials == expected
 
 
 def steps(line: Lineage, student: Run) -> int:
