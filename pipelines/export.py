@@ -72,7 +72,7 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
     if not artifact.begin(force):
         return artifact
     start = time.time()
-    run, student = max(students, key=lambda pair: float(pair[1].manifest()["best"]["accuracy"]))
+    run, student = max(students, key=lambda pair: float(pair[1].manifest()["best"]["score"]))
     with tempfile.TemporaryDirectory() as given, tempfile.TemporaryDirectory() as made:
         student.fs.get(student.path(MODEL) + "/", given, recursive=True)
         predictor = Predictor.open(given)
