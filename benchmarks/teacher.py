@@ -176,7 +176,8 @@ def _bare(line: Lineage) -> float:
 
 
 def _ours(line: Lineage) -> float:
-    from pipelines.teacher import Asking, ask
+    from pipelines.pending import Asking
+    from pipelines.teacher import ask
 
     account = ask(line, Asking(line.generations, line.recipe.teacher, range(1)))
     assert account is not None

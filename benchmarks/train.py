@@ -43,7 +43,7 @@ MUST = {
     "two_workers": 1.7,
 }
 BATCH = 16
-ROWS = 128  # of a turn; every side learns all of them
+ROWS = 64  # of a turn; every side learns all of them
 ALPHA, LEARNING_RATE = 0.5, 5e-5
 REFERENCE = Path(os.environ.get("STEPDISTILL_REFERENCE", "../shared/data/reference"))
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -65,11 +65,12 @@ def compare(
     if not (reference / sets[0]).is_dir():
         raise SystemExit(f"{reference}: no folder {sets[0]} in it; give --reference the folder of the reference layout")
     speeds: dict[str, list[float]] = {}
+    learnt = ROWS // 2 if quick else ROWS
     for name in sets:
         rows = _rows(reference, name)
         tokenizer = _tokenizer(rows)
         for shape in ("quickstart", "small"):
-            sides = _sides(_model(shape, tokenizer), tokenizer, rows[: 64 if quick else ROWS])
+            sides = _sides(_model(shape, tokenizer), tokenizer, rows[:learnt])
             console.print(f"{name}: {_lengths(tokenizer, rows)}; {shape} shape")
             for learn in sides.values():
                 learn()  # memory is laid out, kernels are chosen
@@ -77,7 +78,7 @@ def compare(
                 for side, learn in sides.items():
                     start = time.perf_counter()
                     learn()
-                    speed = (64 if quick else ROWS) / (time.perf_counter() - start)
+                    speed = learnt / (time.perf_counter() - start)
                     speeds.setdefault(f"{shape} {name} {side}", []).append(speed)
     two = _two_workers(1 if quick else 3)
     medians = {name: statistics.median(values) for name, values in speeds.items()}

@@ -1,7 +1,7 @@
 """Clusters on one machine: nodes that are processes, with which autoscaling and the loss of nodes are tried.
 
 `python -m cluster.local COMMAND…` runs a command on a cluster that starts with no worker (`cluster/local.yaml`), and
-tells when how many nodes were there, until the cluster has shrunk again. E.g.
+tells when how many nodes and replicas were there, until the cluster has shrunk again. E.g.
 
     python -m cluster.local distill rationales quickstart --set 'teacher.replicas=[1, 4]'
 """
@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -47,20 +49,22 @@ class Node:
         before: Sequence[str] = (),
         **options: object,
     ) -> None:
-        port = free_port()
+        port = options.get("port", free_port())
         given: dict[str, object] = {"dashboard_agent_listen_port": free_port(), "min_worker_port": 0}
         given |= {"max_worker_port": 0, "disable_usage_stats": True, "num_cpus": 0}
         if address is None:
             given |= {"head": True, "port": port, "temp_dir": folder, "ray_client_server_port": free_port()}
+            given |= {"dashboard_port": free_port()} | options
         else:
-            given |= {"address": address}
+            given |= {"address": address} | options
         self.address = address or f"127.0.0.1:{port}"
+        self.dashboard = f"http://127.0.0.1:{given.get('dashboard_port')}"  # of a head
         self.log = folder / f"node-{port}.log"
         # bytecode is kept, and `python` and `ninja` are those beside this Python
         inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")}
         inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
         command = [*before, sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
-        for name, value in (given | options).items():
+        for name, value in given.items():
             flag = f"--{name.replace('_', '-')}"
             command += [flag] if value is True else [f"{flag}={value}"]
         with self.log.open("wb") as log:
@@ -94,7 +98,9 @@ class Node:
         return self
 
     def __exit__(self, *_: object) -> None:
-        family = self.process.children(recursive=True) if self.process.is_running() else []
+        if not self.process.is_running():
+            return
+        family = self.process.children(recursive=True)
         self.process.terminate()
         _, left = psutil.wait_procs([self.process, *family], timeout=30)
         for process in left:
@@ -120,8 +126,8 @@ def cluster_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def autoscaling_cluster(folder: Path) -> Iterator[str]:
-    """The cluster of `local.yaml`; its address."""
+def autoscaling_cluster(folder: Path) -> Iterator[Node]:
+    """The head of the cluster of `local.yaml`."""
     config = yaml.safe_load(CONFIG.read_text())
     port = free_port()
     config["provider"]["gcs_address"] = f"127.0.0.1:{port}"
@@ -136,37 +142,77 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head_id,
     }
     with Node(folder, environment=environment, port=port, autoscaling_config=written) as head:
-        yield head.wait().address
+        yield head.wait()
 
 
-def run_and_watch(command: list[str], address: str) -> tuple[int, list[tuple[float, int]]]:
+@dataclass(frozen=True)
+class Seen:
+    """What a cluster had, so many seconds after one began to look."""
+
+    seconds: float
+    workers: int  # nodes beside the head
+    replicas: int  # of the teacher, or of an endpoint's students
+
+
+class Watch:
+    """Looks at a cluster in a thread of its own, and says what changes; a context manager."""
+
+    def __init__(self, head: Node) -> None:
+        self.head, self.start = head, time.time()
+        self.seen = [Seen(0.0, 0, 0)]  # each change, and the last look
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def wait_until(self, reached: Callable[[Seen], bool], seconds: float) -> bool:
+        """Whether the cluster came to that in time."""
+        deadline = time.time() + seconds
+        while not reached(self.seen[-1]) and time.time() < deadline:
+            time.sleep(0.5)
+        return reached(self.seen[-1])
+
+    def say(self, text: str) -> None:
+        """With the seconds since the beginning."""
+        say(f"  {time.time() - self.start:6.1f} s: {text}")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        from ray.util.state import list_actors, list_nodes
+        from ray.util.state.exception import RayStateApiException
+
+        while not self._ended.wait(0.5):
+            try:
+                nodes = list_nodes(self.head.dashboard, filters=[("state", "=", "ALIVE")])
+                actors = list_actors(self.head.dashboard, filters=[("state", "=", "ALIVE")], limit=1000)
+            except RayStateApiException:  # busy; the next look will do
+                continue
+            workers = sum(not node.is_head_node for node in nodes)
+            replicas = sum("Asker" in actor.class_name or "ServeReplica" in actor.class_name for actor in actors)
+            now = Seen(round(time.time() - self.start, 1), workers, replicas)
+            if (workers, replicas) != (self.seen[-1].workers, self.seen[-1].replicas):
+                self.say(f"{workers} workers, {replicas} replicas")
+            elif len(self.seen) > 1 and (workers, replicas) == (self.seen[-2].workers, self.seen[-2].replicas):
+                self.seen.pop()
+            self.seen.append(now)
+
+
+def run_and_watch(command: list[str], head: Node) -> tuple[int, list[Seen]]:
     """Run a command on a cluster, and wait until the cluster has no worker again.
 
     Returns:
-        The command's exit code, and (seconds since it began, workers) at each change of their number, the last pair
-        at the end of the watch.
+        The command's exit code, and what was seen.
     """
-    import ray
-
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    start = time.time()
-    changes: list[tuple[float, int]] = [(0.0, 0)]
-    ended = None
-    with subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}) as process:
-        while True:
-            workers = sum(node["Alive"] for node in ray.nodes()) - 1
-            now = round(time.time() - start, 1)
-            if workers != changes[-1][1]:
-                changes.append((now, workers))
-                say(f"  {now:6.1f} s: {workers} workers")
-            if ended is None and process.poll() is not None:
-                ended = now
-                say(f"  {now:6.1f} s: the command has ended with exit code {process.returncode}")
-            if ended is not None and (not workers or now > ended + _SHRINK_S):
-                break
-            time.sleep(0.5)
-    ray.shutdown()
-    return process.returncode, changes
+    with Watch(head) as watch:
+        code = subprocess.run(command, env=os.environ | {"RAY_ADDRESS": head.address}, check=False).returncode
+        watch.say(f"the command has ended with exit code {code}")
+        watch.wait_until(lambda seen: not seen.workers, _SHRINK_S)
+    return code, watch.seen
 
 
 def main() -> int:
@@ -176,9 +222,10 @@ def main() -> int:
         return 2
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
-    with cluster_folder() as folder, autoscaling_cluster(folder) as address:
-        code, changes = run_and_watch(sys.argv[1:], address)
-    show_table("Nodes over time", ["seconds", "workers"], [[f"{at:.1f}", str(workers)] for at, workers in changes])
+    with cluster_folder() as folder, autoscaling_cluster(folder) as head:
+        code, seen = run_and_watch(sys.argv[1:], head)
+    rows = [[f"{at.seconds:.1f}", str(at.workers), str(at.replicas)] for at in seen]
+    show_table("Over time", ["seconds", "workers", "replicas"], rows)
     return code
 
 

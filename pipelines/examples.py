@@ -49,8 +49,13 @@ def build_examples(line: Lineage, force: bool = False) -> Artifact:
             split is empty, or all rows of a split make the same input.
     """
     artifact = line.examples
-    if not artifact.begin(force):
-        return artifact
+    if artifact.begin(force):
+        with artifact.lease():
+            _read(line, artifact)
+    return artifact
+
+
+def _read(line: Lineage, artifact: Artifact) -> None:
     start = time.time()
     source = line.recipe.source
     files = {split: path for split in _KEEP_FIRST if (path := source.files().get(split))}
@@ -96,7 +101,6 @@ def build_examples(line: Lineage, force: bool = False) -> Artifact:
     if any(count["kept"] < count["read"] for count in counts.values()):
         say(f"  the rows that were left out are in {artifact.file_uri('removed')}")
     artifact.finish(line.snapshot(), [], start, counts={split: dict(count) for split, count in counts.items()})
-    return artifact
 
 
 def read_examples(task: Task, path: str, split: str, limit: int | None = None) -> Iterator[Row]:

@@ -7,6 +7,7 @@ is loaded. Temperature, threshold and precision are chosen on validation; `evalu
 
 import json
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -27,7 +28,7 @@ from pipelines.errors import UserError
 from pipelines.lineage import BUNDLE, MODEL, Lineage
 from pipelines.predictor import Bundle, Precision, Prediction, Predictor, can_run
 from pipelines.prompts import prompt_hash
-from pipelines.recipe import Export
+from pipelines.recipe import Export, Run
 
 TEMPLATE = "card.md.j2"
 _TIMED = (1, 8, 32)  # rows at once, of the card's speeds
@@ -69,8 +70,13 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
     dataset = line.require(line.dataset, "dataset")
     students = [(run, line.require(line.student(run), "train")) for run in line.recipe.students()]
     artifact = line.export
-    if not artifact.begin(force):
-        return artifact
+    if artifact.begin(force):
+        with artifact.lease():
+            _bundle(line, artifact, dataset, students)
+    return artifact
+
+
+def _bundle(line: Lineage, artifact: Artifact, dataset: Artifact, students: list[tuple[Run, Artifact]]) -> None:
     start = time.time()
     run, student = max(students, key=lambda pair: float(pair[1].manifest()["best"]["score"]))
     with tempfile.TemporaryDirectory() as given, tempfile.TemporaryDirectory() as made:
@@ -93,7 +99,8 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
             "measures": measures,
             "milliseconds": _milliseconds(fast, validation.rows),
         }
-        predictor.save(made)
+        shutil.copytree(given, made, dirs_exist_ok=True)
+        predictor.describe(made)
         Path(made, "README.md").write_text(_card(line, student, split, facts), encoding="utf-8")
         write_checksums(Path(made))
         artifact.fs.put(f"{made}/", f"{artifact.path(BUNDLE)}/", recursive=True)
@@ -104,7 +111,6 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
         f"calibration error {measured['calibration_error']:.4f}, {measured['answered']:.1%} answered\n"
         f"  serve it: distill serve {artifact.file_uri(BUNDLE)}"
     )
-    return artifact
 
 
 def _labelled(dataset: Artifact, split: str) -> list[_Row]:
@@ -133,8 +139,7 @@ def _choose_precision(
     for precision in _LOWER:
         if export.precision != precision and not (export.precision == "auto" and can_run(precision)):
             continue
-        lower = Predictor.open(folder)
-        lower.lower(precision)
+        lower = Predictor.open(folder, precision=precision)
         made = _score(lower, validation.rows).made
         same = [fp32.task.same(a.label, b.label) for a, b in zip(validation.made, made, strict=True)]
         agreement, speed = sum(same) / len(same), _speed(lower, validation.rows)

@@ -185,8 +185,8 @@ class Lineage:
         student = self.recipe.student_of(run)
         if student.metric == "macro_f1" and self.task.answer.kind != "choice":
             raise UserError(
-                f"student.metric macro_f1 needs a closed set of labels, and answers of task {self.task.name} are of kind "
-                f"{self.task.answer.kind}; take accuracy"
+                f"student.metric macro_f1 needs a closed set of labels, and answers of task {self.task.name} are of "
+                f"kind {self.task.answer.kind}; take accuracy"
             )
         settings = student.model_dump(exclude=_STUDENT_RESOURCES | {"model", "revision", "deepspeed"})
         model = self._identity(student.model, student.revision)

@@ -4,6 +4,7 @@ Every run keeps an account under `spent/` of the artefact, so that a budget hold
 """
 
 import json
+import math
 import time
 import uuid
 from collections import Counter
@@ -26,6 +27,7 @@ TOKENS = ("input_tokens", "cached_tokens", "output_tokens")
 _SAVE_SECONDS = 2.0
 _EARLY = 100  # texts after which a share of rejects says something
 _EXAMPLES = 5
+_KEPT = 1000  # rejected texts to choose the examples from; more would fill the memory of a long run
 
 
 class Meter(AbstractContextManager["Meter"]):
@@ -44,7 +46,8 @@ class Meter(AbstractContextManager["Meter"]):
         self.tokens: Counter[str] = Counter()
         self._rejects: list[list[str]] = []
         self._replicas: dict[str, Row] = {}  # name -> its last report
-        self._arrivals: list[tuple[float, int]] = []  # when how many texts were written
+        self._first: tuple[float, int] | None = None  # when the first batch was written, and how many texts
+        self._last = 0.0
         self._began, self._saved, self._told = time.time(), 0.0, 0.0
         self._run = uuid.uuid4().hex[:12]
         self._progress = Progress(
@@ -80,10 +83,12 @@ class Meter(AbstractContextManager["Meter"]):
         self.outcomes.update(outcomes)
         self.tokens.update({name: report[name] for name in TOKENS})
         self.paid_rows += sum(outcomes.values())
-        self._rejects += json.loads(report["rejects"])
+        if len(self._rejects) < _KEPT:
+            self._rejects += json.loads(report["rejects"])
         known = self._replicas.get(report["replica"], {"restarts": 0, "at": 0.0})
         self._replicas[report["replica"]] = max(known, report, key=lambda r: r["at"])
-        self._arrivals.append((report["at"], sum(outcomes.values())))
+        self._first = min(self._first or (math.inf, 0), (report["at"], sum(outcomes.values())))
+        self._last = max(self._last, report["at"])
         if self._metrics is not None:
             self._metrics.add(outcomes, report, max(0, report["restarts"] - known["restarts"]))
         self._show()
@@ -104,9 +109,8 @@ class Meter(AbstractContextManager["Meter"]):
     @property
     def steady_rate(self) -> float | None:
         """Rows a second between the first batch's end and the last one's; None of a single batch."""
-        first, of_first = min(self._arrivals)
-        last, _ = max(self._arrivals)
-        return (self.rows - of_first) / (last - first) if last > first else None
+        first, of_first = self._first or (math.inf, 0)
+        return (self.rows - of_first) / (self._last - first) if self._last > first else None
 
     @property
     def account(self) -> Row:
@@ -174,7 +178,7 @@ def spent(artifact: Artifact) -> Row:
         for path in (p for p in artifact.fs.find(folder) if p.endswith(".json")):
             account = json.loads(artifact.fs.cat_file(path))
             total.update({name: account[name] for name in ("seconds", "engine_seconds", "restarts")})
-    for batch in artifact.dataset(ROWS, GENERATIONS).to_batches(columns=list(TOKENS)):
+    for batch in artifact.scan(ROWS, GENERATIONS, list(TOKENS)):
         total.update({name: pc.sum(batch[name]).as_py() or 0 for name in TOKENS} | {"rows": len(batch)})
     return dict(total)
 

@@ -19,10 +19,11 @@ from pipelines.errors import UserError
 from pipelines.examples import build_examples
 from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import cost, gpu_hours
+from pipelines.pending import Asking, keys_on_disk, make_keys, pending
 from pipelines.prompts import chat_messages, completion_prompt
 from pipelines.recipe import resolve
 from pipelines.schema import EXAMPLES, GENERATIONS
-from pipelines.teacher import Asking, ask, keys_on_disk, make_keys, pending
+from pipelines.teacher import ask
 
 _TOKENISED = 1000
 

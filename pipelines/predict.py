@@ -120,7 +120,7 @@ def _count(made: Artifact) -> Row:
     """Rows, those without an answer, and the commonest labels."""
     labels: Counter[str] = Counter()
     rows = problems = 0
-    for part in made.dataset("rows", ANSWER).to_batches(columns=["predicted_label", "problem"]):
+    for part in made.scan("rows", ANSWER, ["predicted_label", "problem"]):
         said = part.column("predicted_label").drop_null().to_pylist()
         labels.update(said)
         rows += part.num_rows

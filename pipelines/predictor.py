@@ -1,7 +1,8 @@
 """Label-only inference: no Ray, no teacher, no rationale.
 
 Closed sets (`choice`, `row_choice`) are scored: the probability of each label as a whole, so the answer is
-always valid. Expressions and free text are decoded greedily.
+always valid. Expressions and free text are decoded greedily; of an expression no token is taken that would keep it from
+being one, so only where `max_new_tokens` cut it short it is none.
 
 A student's directory is a Hugging Face one with `distill.json` beside it: the task, and how the student was
 taught to answer. One of arm rationale_first can't answer before it has written its rationale, so it writes both.
@@ -9,7 +10,8 @@ A bundle is such a directory with what export adds: a name, a version, a calibra
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -17,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
-from pipelines import t5
+from pipelines import decoding, t5
 from pipelines.checksums import SUMS, verify_checksums
 from pipelines.errors import UserError
+from pipelines.fused import fuse, pack
 from pipelines.quantized import quantize
 from pipelines.recipe import Arm
 from pipelines.student import (
@@ -31,6 +34,7 @@ from pipelines.student import (
     save_student,
 )
 from pipelines.tasks import Task
+from pipelines.tasks.expression import may_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,12 +123,13 @@ class Predictor:
         self.max_input_tokens, self.max_new_tokens = max_input_tokens, max_new_tokens
         self.arm, self.prefix = arm, prefix
         self.bundle = bundle
+        self.all_done: Callable[[bool], bool] = bool  # see `decoding.write`
 
     @classmethod
-    def open(cls, folder: str | Path, device: str = "cpu") -> Self:
-        """Load a student's directory or a bundle. A bundle's files are checked against their sums first, and it runs
-        in the precision that it was exported in, or in fp32 where the processor lacks that. Weights are read from
-        safetensors alone.
+    def open(cls, folder: str | Path, device: str = "cpu", precision: Precision | None = None) -> Self:
+        """Load a student's directory or a bundle to answer with; it can't be saved or trained. A bundle's files are
+        checked against their sums first, and it runs in the precision that it was exported in, or in fp32 where the
+        processor lacks that, if no other is asked for. Weights are read from safetensors alone.
 
         Raises:
             UserError: it is neither, or a file of the bundle is not what was exported.
@@ -132,21 +137,32 @@ class Predictor:
         read = read_bundle(folder)
         model, tokenizer = load_student(str(folder), local_files_only=True, safetensors=True)
         made = cls(model.eval(), tokenizer, read.task, **read.settings, bundle=read.bundle)
-        if read.bundle and can_run(read.bundle.precision, device):
-            made.lower(read.bundle.precision)
-        model.to(device)
+        if precision is None:
+            precision = read.bundle.precision if read.bundle and can_run(read.bundle.precision, device) else "fp32"
+        made._prepare(precision, device)
         return made
 
-    def lower(self, precision: Precision) -> None:
-        """Answer in another precision from now on. It can't be saved or trained after that."""
+    def _prepare(self, precision: Precision, device: str) -> None:
+        """Put the fastest layers for that precision in the place of the model's own."""
+        stacks = (self.model.get_encoder(), self.model.get_decoder())
+        fuse(self.model)
         if precision == "bf16":
             self.model.to(torch.bfloat16)
         elif precision == "int8":  # all but the vocabulary, which few tokens meet and confidence hangs on
-            quantize(self.model.get_encoder())
-            quantize(self.model.get_decoder())
+            for stack in stacks:
+                quantize(stack)
+        self.model.to(device)
+        if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
+            pack(self.model)
 
     def save(self, folder: str | Path) -> None:
-        """Write a student's directory, which `open` reads once a bundle has its sums too."""
+        """Write a student's directory, which `open` reads once a bundle has its sums too. Not of one that was
+        opened."""
+        save_student(self.model, self.tokenizer, Path(folder))
+        self.describe(folder)
+
+    def describe(self, folder: str | Path) -> None:
+        """Write what stands beside the weights: the task, and how answers are made of them."""
         facts = {
             "task": self.task.model_dump(mode="json"),
             "max_input_tokens": self.max_input_tokens,
@@ -155,7 +171,6 @@ class Predictor:
             "prefix": self.prefix,
             **({"bundle": asdict(self.bundle)} if self.bundle else {}),
         }
-        save_student(self.model, self.tokenizer, Path(folder))
         text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
         Path(folder, SIDECAR).write_text(text, encoding="utf-8")
 
@@ -203,11 +218,11 @@ class Predictor:
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():
-            made, _ = self._write(
-                t5.Rows(self.read(inputs, RATIONALE_PREFIX), self.model.device), RATIONALE_PREFIX, max_new_tokens
-            )
+            rows = t5.Rows(self.read(inputs, RATIONALE_PREFIX), self.model.device)
+            made = self._write(rows, RATIONALE_PREFIX, max_new_tokens)
         self.model.train(was_training)
-        return [str(text) for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+        ids = [row.ids for row in made]
+        return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _predict_batch(
         self, inputs: t5.Rows, choices: list[Sequence[str] | None], scores: bool
@@ -244,7 +259,7 @@ class Predictor:
         states = t5.encode(self.model, inputs)
         logits = t5.decode(self.model, previous, visible, states, inputs, places)
         targets = torch.tensor([i for text in tokens for i in text], device=device)
-        log_probabilities = logits.float().log_softmax(dim=1).gather(1, targets[:, None]).squeeze(1)
+        log_probabilities = t5.log_probabilities(logits, targets)
         lengths = torch.tensor([len(text) for text in tokens], device=device)
         owner = torch.arange(len(tokens), device=device).repeat_interleave(lengths)  # the label of each token
         scores = log_probabilities.new_zeros(len(tokens)).index_add(0, owner, log_probabilities).cpu()
@@ -256,20 +271,41 @@ class Predictor:
 
     def _decode(self, inputs: t5.Rows) -> Iterator[Prediction]:
         """Greedy text; its confidence is the probability of the whole text."""
-        made, scores = self._write(inputs, LABEL_PREFIX, self.max_new_tokens)
-        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        for text, value in zip(texts, scores.sum(dim=1).exp().tolist(), strict=True):
-            yield self._written(text, value, None)
+        made = self._write(inputs, LABEL_PREFIX, self.max_new_tokens, accepts=self._accepts())
+        texts = self.tokenizer.batch_decode([row.ids for row in made], skip_special_tokens=True)
+        for text, row in zip(texts, made, strict=True):
+            yield self._written(text, math.exp(sum(row.log_probabilities)), None)
 
     def _decode_after_rationale(self, inputs: t5.Rows, choices: list[Sequence[str] | None]) -> Iterator[Prediction]:
         """Greedy text up to the second end of sequence: the rationale, then the label. Its confidence is the
-        probability of the label after that rationale."""
-        made, scores = self._write(inputs, LABEL_PREFIX, self.max_new_tokens, ends=2)
-        ends = (made == self.tokenizer.eos_token_id).long()
-        label = (ends.cumsum(dim=1) - ends == 1) & (made != self.tokenizer.pad_token_id)
-        for row, mask, logs, own in zip(made, label, scores, choices, strict=True):
-            text = self.tokenizer.decode(row[mask], skip_special_tokens=True)
-            yield self._written(text, float(logs[mask].sum().exp()), own)
+        probability of the label after that rationale; none, if it came to no label."""
+        accepts = self._accepts(after_end=True)
+        for row, own in zip(self._write(inputs, LABEL_PREFIX, self.max_new_tokens, 2, accepts), choices, strict=True):
+            label = self._label_at(row.ids)
+            text = self.tokenizer.decode(row.ids[label:], skip_special_tokens=True)
+            probability = math.exp(sum(row.log_probabilities[label:])) if row.ids[label:] else 0.0
+            yield self._written(text, probability, own)
+
+    def _label_at(self, ids: list[int]) -> int:
+        """Where the label begins in what was written: after the rationale's end of sequence."""
+        end = self.tokenizer.eos_token_id
+        return ids.index(end) + 1 if end in ids else len(ids)
+
+    def _accepts(self, after_end: bool = False) -> Callable[[list[int]], bool] | None:
+        """Whether a row may be written like this, so that an expression stays one; with `after_end`, whether its
+        part after an end of sequence may."""
+        if self.task.answer.kind != "expression":
+            return None
+        end = self.tokenizer.eos_token_id
+
+        def accepts(ids: list[int]) -> bool:
+            own = ids[self._label_at(ids) :] if after_end else ids
+            if not own:
+                return True
+            text = self.tokenizer.decode(own, skip_special_tokens=True)
+            return self.task.canonical(text) is not None if own[-1] == end else may_begin(text)
+
+        return accepts
 
     def _written(self, text: str, probability: float, choices: Sequence[str] | None) -> Prediction:
         """A decoded text of that probability as a prediction; with its calibrated confidence."""
@@ -285,26 +321,16 @@ class Predictor:
         return self.bundle is not None and confidence < self.bundle.abstain_below
 
     def _write(
-        self, inputs: t5.Rows, prefix: str, max_new_tokens: int, ends: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids that the decoder writes greedily after `prefix`, up to so many ends of sequence and padded after
-        that, and their log-probabilities; both of shape (rows, length)."""
-        padding, end, start = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self._start(prefix)
-        chosen = _LogProbabilities()
-        made: Any = self.model.generate(
-            input_ids=torch.full_like(inputs.real, padding, dtype=torch.long).masked_scatter(inputs.real, inputs.ids),
-            attention_mask=inputs.real.long(),
-            decoder_input_ids=torch.tensor([start] * len(inputs.lengths), device=self.model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=[chosen],
-            stopping_criteria=[_Ends(len(start), end, ends)],
-            eos_token_id=_NEVER,
-        )
-        written = made[:, len(start) :]
-        is_end = (written == end).long()
-        over = is_end.cumsum(dim=1) - is_end >= ends
-        return written.masked_fill(over, padding), torch.stack(chosen.values, dim=1).masked_fill(over, 0.0)
+        self,
+        inputs: t5.Rows,
+        prefix: str,
+        max_new_tokens: int,
+        ends: int = 1,
+        accepts: Callable[[list[int]], bool] | None = None,
+    ) -> list[decoding.Written]:
+        """What the decoder writes greedily after `prefix`, up to so many ends of sequence."""
+        start, end = self._start(prefix), self.tokenizer.eos_token_id
+        return decoding.write(self.model, inputs, start, end, max_new_tokens, ends, accepts, self.all_done)
 
 
 def can_run(precision: Precision, device: str = "cpu") -> bool:
@@ -316,27 +342,3 @@ def can_run(precision: Precision, device: str = "cpu") -> bool:
     known = torch.cpu.get_capabilities()
     needs = {"fp32": (), "bf16": ("avx512_bf16", "amx_bf16", "bf16"), "int8": ("avx2",)}[precision]
     return precision == "fp32" or any(known.get(name, False) for name in needs)
-
-
-_NEVER = -1  # an end of sequence that no row reaches: `_Ends` says where rows end
-
-
-class _Ends:
-    """Rows are done after so many ends of sequence."""
-
-    def __init__(self, start: int, end: int, count: int) -> None:
-        self.start, self.end, self.count = start, end, count
-
-    def __call__(self, ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        return (ids[:, self.start :] == self.end).sum(dim=1) >= self.count
-
-
-class _LogProbabilities:
-    """Keeps the log-probability of what is written greedily, step by step, and no more of the vocabulary."""
-
-    def __init__(self) -> None:
-        self.values: list[torch.Tensor] = []  # of shape (rows,) each
-
-    def __call__(self, ids: object, logits: torch.Tensor) -> torch.Tensor:
-        self.values.append(logits.float().log_softmax(dim=1).amax(dim=1))
-        return logits

@@ -9,10 +9,11 @@ from pipelines.console import console, say
 from pipelines.curate import judge
 from pipelines.examples import build_examples
 from pipelines.lineage import ROWS, Lineage
+from pipelines.pending import Asking, make_keys
 from pipelines.prompts import chat_messages, prompt_head
 from pipelines.rationales import build_generations
 from pipelines.schema import EXAMPLES
-from pipelines.teacher import Asking, ask, make_keys
+from pipelines.teacher import ask
 
 
 def preview(line: Lineage, rows: int) -> list[dict[str, Any]]:

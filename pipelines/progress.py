@@ -1,8 +1,9 @@
-"""How far students are, as their workers tell it: lines, and on a terminal a bar a student."""
+"""How far students are, as their workers tell it: lines, on a terminal a bar a student, and metrics for Prometheus."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
@@ -11,10 +12,11 @@ from pipelines.console import console, say
 
 
 @contextmanager
-def progress_of(steps: int) -> Iterator[Any]:
+def progress_of(recipe: str, steps: int) -> Iterator[Any]:
     """A queue that workers anywhere on the cluster put messages in, and what shows them.
 
-    A message is `("line", text)` or `("step", student's name, step, losses, examples a second)`.
+    A message is `("line", student's key, text)`, `("step", student's name, step, losses, examples a second)` or
+    `("look", student's name, accuracy on validation)`.
     """
     import ray
     from ray.exceptions import RayError
@@ -28,6 +30,7 @@ def progress_of(steps: int) -> Iterator[Any]:
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         bars: dict[str, TaskID] = {}
+        metrics = Metrics(recipe)
 
         def show(name: str, step: int, losses: dict[str, float], speed: float) -> None:
             parts = "  ".join(f"{part.removesuffix('_loss')} {value:.3f}" for part, value in losses.items())
@@ -39,12 +42,15 @@ def progress_of(steps: int) -> Iterator[Any]:
             with suppress(RayError):  # the cluster is gone; whoever waits for the students says so
                 while (message := messages.get()) is not None:
                     match message:
-                        case ("line", text):
-                            say(text)
+                        case ("line", key, text):
+                            say(text, stage="train", key=key)
                         case ("step", name, step, losses, speed):
                             show(name, step, losses, speed)
+                            metrics.step(name, step, losses, speed)
+                        case ("look", name, accuracy):
+                            metrics.look(name, accuracy)
 
-        thread = threading.Thread(target=follow, daemon=True)
+        thread = threading.Thread(target=copy_context().run, args=(follow,), daemon=True)  # its lines are about ours
         thread.start()
         try:
             yield messages
@@ -53,3 +59,27 @@ def progress_of(steps: int) -> Iterator[Any]:
                 messages.put(None)
                 thread.join(timeout=5)
                 messages.shutdown()
+
+
+class Metrics:
+    """Gauges at Ray's Prometheus endpoint, which puts `ray_` before their names."""
+
+    def __init__(self, recipe: str) -> None:
+        from ray.util.metrics import Gauge
+
+        of_student = ("recipe", "student")
+        self._step = Gauge("distill_step", "Steps that a student has taken", of_student)
+        self._loss = Gauge("distill_loss", "A student's loss, and its parts", (*of_student, "part"))
+        self._speed = Gauge("distill_examples_per_second", "Examples that a student learns from", of_student)
+        self._accuracy = Gauge("distill_validation_accuracy", "A student's accuracy at its last look", of_student)
+        for gauge in (self._step, self._loss, self._speed, self._accuracy):
+            gauge.set_default_tags({"recipe": recipe})
+
+    def step(self, student: str, step: int, losses: dict[str, float], speed: float) -> None:
+        self._step.set(step, {"student": student})
+        self._speed.set(speed, {"student": student})
+        for part, value in losses.items():
+            self._loss.set(value, {"student": student, "part": part.removesuffix("_loss")})
+
+    def look(self, student: str, accuracy: float) -> None:
+        self._accuracy.set(accuracy, {"student": student})

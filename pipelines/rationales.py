@@ -21,9 +21,10 @@ from pipelines.errors import UserError
 from pipelines.examples import build_examples
 from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import TOKENS, cost, gpu_hours, spent
+from pipelines.pending import Asking, make_keys
 from pipelines.schema import GENERATIONS, RATIONALES, REJECTED, SPLITS, Reason
 from pipelines.scratch import RowsById, scratch_database
-from pipelines.teacher import Asking, ask, make_keys
+from pipelines.teacher import ask
 
 Row = dict[str, Any]
 Funnel = dict[str, dict[str, int]]
@@ -54,7 +55,8 @@ def build_rationales(line: Lineage, force: bool = False) -> Artifact:
     if line.recipe.curate.on_disagree == "rationalize" and (force or not artifact.done()):
         _rationalize(line)
     if artifact.begin(force):
-        _judge_all(line, artifact)
+        with artifact.lease():
+            _judge_all(line, artifact)
     _show(line, artifact)
     return artifact
 
@@ -98,13 +100,8 @@ def build_generations(line: Lineage) -> Artifact:
     artifact, teacher = line.generations, line.recipe.teacher
     if teacher.engine == "outputs":
         if artifact.begin(force=False):
-            start = time.time()
-            with artifact.writer(ROWS, GENERATIONS) as rows:
-                for row in _given(line):
-                    rows.add(row)
-            artifact.finish(
-                line.snapshot(), [line.examples], start, rows=artifact.dataset(ROWS, GENERATIONS).count_rows()
-            )
+            with artifact.lease():
+                _take_given(line, artifact)
         return artifact
     covered = artifact.manifest()["covers"] if artifact.done() else {}
     known = covered.get(line.examples.key, {"splits": [], "samples": 0})
@@ -115,6 +112,14 @@ def build_generations(line: Lineage) -> Artifact:
     covers = covered | {line.examples.key: {"splits": line.asked, "samples": teacher.samples}}
     _write(line, Asking(artifact, teacher, range(teacher.samples)), covers=covers)
     return artifact
+
+
+def _take_given(line: Lineage, artifact: Artifact) -> None:
+    start = time.time()
+    with artifact.writer(ROWS, GENERATIONS) as rows:
+        for row in _given(line):
+            rows.add(row)
+    artifact.finish(line.snapshot(), [line.examples], start, rows=artifact.dataset(ROWS, GENERATIONS).count_rows())
 
 
 def _given(line: Lineage) -> Iterator[Row]:

@@ -30,6 +30,7 @@ def ray_session(storage: str | None = None) -> Iterator[None]:
     # DeepSpeed compiles with the ninja that lies beside this Python, activated or not
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers of Ray Train resolve paths as this process does
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose first words Ray Tune prints at any verbosity
     import ray  # heavy, and it reads the environment
     import ray.data
 
@@ -47,6 +48,7 @@ def ray_session(storage: str | None = None) -> Iterator[None]:
     context.enable_progress_bars = console.is_terminal
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of bars that are off on purpose
     try:
         if storage is not None:
             _check_shared(storage)

@@ -45,19 +45,24 @@ def build_report(line: Lineage, force: bool = False, chosen: Sequence[Run] | Non
     if chosen is not None:
         parents.append(line.require(line.search, "search"))
     if artifact.begin(force):
-        start = time.time()
-        found = find(line, runs, searched=chosen is not None)
-        figures = draw_all(found, line.recipe.student.metric)
-        drawn = {name: svg(figure, salt=name) for name, figure in figures.items()}
-        _write(artifact, "report.html", render(line, parents, found, drawn).encode())
-        _write(artifact, "results.csv", _csv(line, found).encode())
-        for name in (name for name in figures if name.endswith("_wide")):
-            file = name.removesuffix("_wide")
-            _write(artifact, f"{file}.svg", drawn[name].encode())
-            _write(artifact, f"{file}.png", png(figures[name]))
-        artifact.finish(line.snapshot(), parents, start, **_facts(line, found))
+        with artifact.lease():
+            _draw(line, artifact, parents, runs, searched=chosen is not None)
     _show(artifact)
     return artifact
+
+
+def _draw(line: Lineage, artifact: Artifact, parents: list[Artifact], runs: Sequence[Run], searched: bool) -> None:
+    start = time.time()
+    found = find(line, runs, searched)
+    figures = draw_all(found, line.recipe.student.metric)
+    drawn = {name: svg(figure, salt=name) for name, figure in figures.items()}
+    _write(artifact, "report.html", render(line, parents, found, drawn).encode())
+    _write(artifact, "results.csv", _csv(line, found).encode())
+    for name in (name for name in figures if name.endswith("_wide")):
+        file = name.removesuffix("_wide")
+        _write(artifact, f"{file}.svg", drawn[name].encode())
+        _write(artifact, f"{file}.png", png(figures[name]))
+    artifact.finish(line.snapshot(), parents, start, **_facts(line, found))
 
 
 # The files

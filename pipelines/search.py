@@ -116,7 +116,7 @@ def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial
     say(f"  {len(points):,} students to try, {room(student):,} at once")
     storage = artifact.uri if artifact.local else artifact.path()
     filesystem = None if artifact.local else PyFileSystem(FSSpecHandler(artifact.fs))
-    with progress_of(student.steps) as messages:
+    with progress_of(line.recipe.name, student.steps) as messages:
         trainable = tune.with_resources(tune.with_parameters(_trial, line=line, messages=messages), _WAITING)
         if tune.Tuner.can_restore(f"{storage}/{_TUNE}", storage_filesystem=filesystem):
             tuner = tune.Tuner.restore(

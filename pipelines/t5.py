@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional
 
 FAMILY = ("t5", "mt5", "umt5")  # values of `config.model_type`
+_AT_ONCE = 16
 
 
 class Rows:
     """Rows of token ids, end to end.
 
     `ids` is of shape (tokens,), `lengths` the rows' in their order, and `real`, of shape (rows, longest length),
-    says where a grid of the rows holds a token.
+    says where a grid of the rows holds a token; `padded`, whether there are places where it does not.
     """
 
     def __init__(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
@@ -26,16 +27,38 @@ class Rows:
         real = torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
         self.ids = torch.tensor([i for row in rows for i in row]).to(device)
         self.real = real.to(device)
-        self._places = real.flatten().nonzero().squeeze(1).to(device)
+        self.padded = min(self.lengths) < max(self.lengths)
+        places = real.flatten()
+        self._places = places.nonzero().squeeze(1).to(device)
+        self._token_at = (places.cumsum(0) - 1).clamp_(min=0).to(device)  # where there is none, the one before
+        self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
     def grid(self, values: torch.Tensor) -> torch.Tensor:
-        """(tokens, n) → (rows, longest length, n), zero where there is no token."""
-        flat = values.new_zeros(self.real.numel(), values.shape[1])
-        return flat.index_copy(0, self._places, values).view(*self.real.shape, -1)
+        """(tokens, n) → (rows, longest length, n); what stands where there is no token means nothing."""
+        if not self.padded:
+            return values.view(*self.real.shape, -1)
+        if torch.is_grad_enabled():  # going back, a copy is faster
+            flat = values.new_zeros(self.real.numel(), values.shape[1]).index_copy(0, self._places, values)
+        else:
+            flat = values.index_select(0, self._token_at)
+        return flat.view(*self.real.shape, -1)
 
     def tokens(self, grid: torch.Tensor) -> torch.Tensor:
         """(rows, longest length, n) → (tokens, n)."""
-        return grid.flatten(0, 1).index_select(0, self._places)
+        flat = grid.flatten(0, 1)
+        return flat.index_select(0, self._places) if self.padded else flat
+
+    def split(self, values: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
+        """(tokens, parts * heads * n) → as many parts of shape (rows, heads, longest length, n), as a grid each."""
+        if torch.is_grad_enabled() or len(self.ids) == len(self.lengths):
+            grid = self.grid(values)
+            return grid.view(*grid.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if (parts, heads) not in self._orders:  # one copy, from which products need no other
+            at = self._token_at.view(self.real.shape)[None, :, None] * (parts * heads)
+            head = torch.arange(parts * heads, device=at.device).view(parts, 1, heads, 1)
+            self._orders[parts, heads] = (at + head).flatten()
+        flat = values.view(len(self.ids) * parts * heads, -1).index_select(0, self._orders[parts, heads])
+        return flat.view(parts, len(self.lengths), heads, self.real.shape[1], -1).unbind(0)
 
 
 def encode(model: Any, inputs: Rows) -> torch.Tensor:
@@ -65,10 +88,21 @@ def decode(
     written = _stack(model.get_decoder(), previous, visible, states, inputs)
     if places is not None:
         written = written.index_select(0, places)
+    return logits(model, written)
+
+
+def logits(model: Any, states: torch.Tensor) -> torch.Tensor:
+    """The decoder's states against the vocabulary, of shape (tokens, vocabulary)."""
     if _scaled(model.config):
-        written = written * model.config.d_model**-0.5
-    logits: torch.Tensor = model.get_output_embeddings()(written)
-    return logits
+        states = states * model.config.d_model**-0.5
+    made: torch.Tensor = model.get_output_embeddings()(states)
+    return made
+
+
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of one token of the vocabulary a row, of shape (rows,). In small parts, which stay in a processor's cache."""
+    pairs = zip(logits.split(_AT_ONCE), tokens.split(_AT_ONCE), strict=True)
+    return torch.cat([part.float().log_softmax(dim=1).gather(1, of[:, None]) for part, of in pairs]).squeeze(1)
 
 
 def causal(width: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -90,40 +124,67 @@ def _stack(
 ) -> torch.Tensor:
     hidden: torch.Tensor = stack.dropout(stack.embed_tokens(rows.ids))
     width = rows.real.shape[1]
+    real = None if inputs is None else only_real(inputs, hidden.dtype)
     for block in stack.block:
         own, *_, feed_forward = block.layer
         if own.SelfAttention.has_relative_attention_bias:  # the first layer's is for all; in umt5 each has its own
             bias = own.SelfAttention.compute_bias(width, width).masked_fill(~visible[:, None], -torch.inf)
-        normed = own.layer_norm(hidden)
-        hidden = hidden + own.dropout(_attend(own.SelfAttention, normed, rows, normed, rows, bias))
+        asking, *seen = projections(own.SelfAttention, own.layer_norm(hidden), rows)
+        hidden = hidden + own.dropout(attend(own.SelfAttention, asking, seen, bias, rows))
         if states is not None and inputs is not None:
             cross = block.layer[1]
-            real = hidden.new_zeros(inputs.real.shape).masked_fill(~inputs.real, -torch.inf)
-            normed = cross.layer_norm(hidden)
-            read = _attend(cross.EncDecAttention, normed, rows, states, inputs, real[:, None, None])
-            hidden = hidden + cross.dropout(read)
+            attention = cross.EncDecAttention
+            asking = queries(attention, cross.layer_norm(hidden), rows)
+            read = keys_and_values(attention, states, inputs)
+            hidden = hidden + cross.dropout(attend(attention, asking, read, real, rows))
         hidden = feed_forward(hidden)
     finished: torch.Tensor = stack.dropout(stack.final_layer_norm(hidden))
     return finished
 
 
-def _attend(
-    attention: Any, hidden: torch.Tensor, rows: Rows, states: torch.Tensor, seen: Rows, bias: torch.Tensor
+def only_real(inputs: Rows, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to attention scores so that no padding is seen, of shape (rows, 1, 1, longest length)."""
+    if not inputs.padded:
+        return None
+    zeros = torch.zeros(inputs.real.shape, dtype=dtype, device=inputs.real.device)
+    return zeros.masked_fill(~inputs.real, -torch.inf)[:, None, None]
+
+
+def attend(
+    attention: Any, asking: torch.Tensor, seen: Sequence[torch.Tensor], bias: torch.Tensor | None, rows: Rows
 ) -> torch.Tensor:
-    """Attention from the tokens of `rows` to those of `seen`, row by row; T5 does not scale its scores.
+    """What the tokens of `rows` get from attention with these queries to these keys and values, of shape (tokens,
+    d_model); T5 does not scale its scores.
 
-    Written out, since the fused one is slower wherever a gradient of the bias is wanted.
+    Written out, since PyTorch's own is slower here, with and without a gradient.
     """
+    keys, values = seen
+    scores = asking @ keys.transpose(2, 3)
+    weights = (scores if bias is None else scores + bias).softmax(dim=3)
+    read = functional.dropout(weights, attention.dropout, attention.training) @ values
+    made: torch.Tensor = attention.o(rows.tokens(read.transpose(1, 2).flatten(2)))
+    return made
 
-    def heads(projected: torch.Tensor, of: Rows) -> torch.Tensor:
-        split: torch.Tensor = of.grid(projected).unflatten(2, (attention.n_heads, -1))
-        return split.transpose(1, 2)
 
-    scores = heads(attention.q(hidden), rows) @ heads(attention.k(states), seen).transpose(2, 3) + bias
-    weights = functional.dropout(scores.softmax(dim=3), attention.dropout, attention.training)
-    read = weights @ heads(attention.v(states), seen)
-    projected: torch.Tensor = attention.o(rows.tokens(read.transpose(1, 2).flatten(2)))
-    return projected
+# What attention works with, of shape (rows, heads, longest length, n) each. `fused` has joined some of its layers.
+
+
+def projections(attention: Any, hidden: torch.Tensor, of: Rows) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of the same tokens."""
+    if hasattr(attention, "qkv"):
+        return of.split(attention.qkv(hidden), 3, attention.n_heads)
+    return queries(attention, hidden, of), *keys_and_values(attention, hidden, of)
+
+
+def queries(attention: Any, hidden: torch.Tensor, of: Rows) -> torch.Tensor:
+    return of.split(attention.q(hidden), 1, attention.n_heads)[0]
+
+
+def keys_and_values(attention: Any, states: torch.Tensor, of: Rows) -> tuple[torch.Tensor, ...]:
+    if hasattr(attention, "kv"):
+        return of.split(attention.kv(states), 2, attention.n_heads)
+    keys, values = attention.k(states), attention.v(states)
+    return of.split(keys, 1, attention.n_heads)[0], of.split(values, 1, attention.n_heads)[0]
 
 
 def _scaled(config: Any) -> bool:

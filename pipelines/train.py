@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipelines.artifact import Artifact
 from pipelines.console import say, show_table
 from pipelines.deepspeed_config import deepspeed_config, read_config
-from pipelines.draw import TrainRow, draw_rows
+from pipelines.draw import count_rows
 from pipelines.errors import UserError
 from pipelines.lineage import BEST, MODEL, Lineage
 from pipelines.progress import progress_of
@@ -42,7 +42,7 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
     check_trackers(student.trackers)
     artifacts = {run: line.student(run) for run in runs}
     undone = [run for run in runs if force or not artifacts[run].done()]
-    lacks = {run: _lack(run, draw_rows(dataset.iter_rows("train"), run), student.batch_size) for run in undone}
+    lacks = {run: _lack(run, *count_rows(dataset.iter_rows("train"), run), student.batch_size) for run in undone}
     todo = [run for run in runs if not lacks.get(run) and artifacts[run].begin(force, go_on=True)]
     refused = [lack for lack in lacks.values() if lack]
     for lack in refused:
@@ -50,7 +50,7 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
     if todo:
         with (
             ray_session(line.recipe.storage),
-            progress_of(student.steps) as messages,
+            progress_of(line.recipe.name, student.steps) as messages,
             ThreadPoolExecutor(room(student)) as pool,
         ):
             trained = [pool.submit(train_student, line, run, messages) for run in todo]
@@ -70,15 +70,13 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
     return list(artifacts.values())
 
 
-def _lack(run: Run, rows: Sequence[TrainRow], batch_size: int) -> str | None:
-    """Why a student can't be trained on these rows."""
+def _lack(run: Run, rows: int, explained: int, batch_size: int) -> str | None:
+    """Why a student can't be trained on so many rows, of which so many are explained."""
     if not rows:
         return f"{run.name}: the dataset has no row with a {run.labels} label"
-    if len(rows) < batch_size:
-        return (
-            f"{run.name}: fraction {run.fraction:g} leaves {len(rows)} rows, fewer than student.batch_size {batch_size}"
-        )
-    if run.arm != "standard" and not any(row.rationales for row in rows):
+    if rows < batch_size:
+        return f"{run.name}: fraction {run.fraction:g} leaves {rows} rows, fewer than student.batch_size {batch_size}"
+    if run.arm != "standard" and not explained:
         return f"{run.name}: no row has an accepted rationale, so there is nothing to explain; see the funnel"
     return None
 
@@ -96,10 +94,9 @@ def train_student(line: Lineage, run: Run, messages: Any, callbacks: Sequence[An
     artifact = line.student(run)
     with artifact.lease():
         start = time.time()
-        rows = draw_rows(line.dataset.iter_rows("train"), run)
-        explained = sum(bool(row.rationales) for row in rows)
+        rows, explained = count_rows(line.dataset.iter_rows("train"), run)
         steps = line.recipe.student.steps
-        say(f"  {run.name}: {len(rows):,} labels, {explained:,} rationales, {steps:,} steps")
+        say(f"  {run.name}: {rows:,} labels, {explained:,} rationales, {steps:,} steps")
         made = _fit(line, run, artifact, messages, callbacks)
         if "refused" in made:
             raise UserError(made["refused"])
@@ -113,7 +110,7 @@ def train_student(line: Lineage, run: Run, messages: Any, callbacks: Sequence[An
             [line.dataset],
             start,
             run=run.model_dump(),
-            rows=len(rows),
+            rows=rows,
             rationales=explained,
             steps=state["step"],
             stopped_early=state["stopped_early"],

@@ -129,6 +129,8 @@ class _Worker:
         self.predictor = Predictor(
             self.model, self.tokenizer, job.task, s.max_input_tokens, longest, self.run.arm, s.prefix
         )
+        if s.zero_stage == 3:
+            self.predictor.all_done = self._all_done
         self.state = State(job.artifact.key, self.world, s.zero_stage)
 
     def prepare(self) -> None:
@@ -285,6 +287,7 @@ class _Worker:
             state.stopped_early = s.patience is not None and state.looks_since_best >= s.patience
         if self.tracker:
             self.tracker.log(state.step, {f"validation_{name}": value for name, value in scores.items()})
+            self.job.messages.put_nowait(("look", self.run.name, scores["accuracy"]))
             self.tracker.keep()
             told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
             self._say(f"step {state.step:,}: validation {told}, loss {look['loss']:.4f}")
@@ -311,6 +314,12 @@ class _Worker:
         filled = mine + rows[: share - len(mine)]
         made = self.predictor.predict([r["input"] for r in filled], [r["choices"] for r in filled])
         return [prediction.label for prediction in made[: len(mine)]]
+
+    def _all_done(self, mine: bool) -> bool:
+        """Whether all workers have written their texts. Until then all run passes, in which ZeRO 3 gathers weights."""
+        busy = torch.tensor([float(not mine)], device=self.device)
+        distributed.all_reduce(busy)
+        return not busy.item()
 
     def _explain(self) -> list[dict[str, str]]:
         """What the student writes as rationales of a few validation rows, if it learns to."""
@@ -422,7 +431,7 @@ class _Worker:
         )
 
     def _say(self, text: str) -> None:
-        self.job.messages.put_nowait(("line", f"  {self.run.name}: {text}"))
+        self.job.messages.put_nowait(("line", self.job.artifact.key, f"  {self.run.name}: {text}"))
 
 
 def _means(losses: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -185,13 +185,24 @@ def build(args: Settings) -> serve.Application:
     """
     Keys.wanted(args.keys_file, args.require_key)
     low, high = args.replicas
-    scaling = AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=args.ongoing / 2)
+    scaling = AutoscalingConfig(
+        min_replicas=low,
+        max_replicas=high,
+        target_ongoing_requests=args.ongoing / 2,
+        look_back_period_s=args.scaling.look_back_s,
+        upscale_delay_s=args.scaling.up_s,
+        downscale_delay_s=args.scaling.down_s,
+    )
     deployment = serve.deployment(
         serve.ingress()(App),
         name="students",
         autoscaling_config=scaling if high > low else None,
         num_replicas=None if high > low else low,
-        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
+        ray_actor_options={
+            "num_cpus": args.cpus,
+            "num_gpus": args.gpus,
+            "label_selector": args.node_labels or None,
+        },
         max_ongoing_requests=args.ongoing,
         max_queued_requests=args.queued,
         backpressure_config=BackpressureConfig(retry_after_s=_RETRY_AFTER_S),

@@ -49,6 +49,16 @@ class Traffic(_Frozen):
         return self
 
 
+class Scaling(_Frozen):
+    """When replicas come and go, where `replicas` leaves room."""
+
+    look_back_s: float = Field(
+        default=30, gt=0, description="over which requests are averaged; replicas tell of them every 10 s"
+    )
+    up_s: float = Field(default=30, ge=0, description="of more load, before a replica is added")
+    down_s: float = Field(default=600, ge=0, description="of less load, before one is taken away")
+
+
 class Settings(_Frozen):
     """The arguments of `serve.app:build`."""
 
@@ -65,8 +75,12 @@ class Settings(_Frozen):
     batch_wait_s: float = Field(default=0.0, ge=0, description="wait for a batch to fill; without load it only delays")
     # resources
     replicas: tuple[int, int] = Field(default=(1, 1), description="[min, max]; between them by ongoing requests")
+    scaling: Scaling = Scaling()
     cpus: float = Field(default=1, gt=0, description="of one replica, and threads of its model")
     gpus: float = Field(default=0, ge=0)
+    node_labels: dict[str, str] = Field(
+        default={}, description="only on nodes that bear these labels, e.g. {ray-subcluster: serving}"
+    )
     ongoing: int = Field(default=128, ge=1, description="requests that one replica works on at once")
     queued: int = Field(
         default=256, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After"

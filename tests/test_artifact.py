@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipelines import artifact as module
 from pipelines.artifact import PART_ROWS, Artifact, fingerprint, make_key, open_store
 from pipelines.errors import UserError
 
@@ -114,6 +115,17 @@ def test_as_many_rows_as_a_part_holds_make_one_part(artifact: Artifact) -> None:
     assert len(artifact.fs.find(artifact.path("rows"))) == 1
 
 
+def test_parts_grow_with_their_number(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PART_ROWS", 2), ("_EQUAL_PARTS", 2), ("_DOUBLINGS", 2)):
+        monkeypatch.setattr(module, name, value)
+    with artifact.writer("rows", SCHEMA) as writer:
+        for number in range(39):
+            writer.add({"name": str(number)})
+    rows = [artifact.read_table(f"rows/{number:05d}").num_rows for number in range(len(artifact.parts("rows")))]
+    assert rows == [2, 2, 4, 4, 8, 8, 8, 3]
+    assert names(artifact, "rows") == [str(number) for number in range(39)]
+
+
 def test_no_rows_still_have_their_columns(artifact: Artifact) -> None:
     with artifact.writer("rows", SCHEMA):
         pass
@@ -142,6 +154,15 @@ def test_parts_are_scanned_without_being_read_whole(artifact: Artifact) -> None:
     assert len(dataset.files) == 2
     assert dataset.count_rows() == PART_ROWS + 1
     assert dataset.to_table(columns=["size"])["size"].to_pylist() == list(range(PART_ROWS + 1))
+
+
+def test_any_number_of_parts_is_scanned_some_at_a_time(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SCANNED", 2)
+    for number in range(5):
+        artifact.write_part(f"rows/{number}", pa.table({"name": [f"{number}"], "size": [number]}, SCHEMA))
+    found = [size for batch in artifact.scan("rows", SCHEMA, ["size"]) for size in batch["size"].to_pylist()]
+    assert sorted(found) == list(range(5))
+    assert list(artifact.scan("absent", SCHEMA, ["size"])) == []
 
 
 def test_a_folder_that_is_not_there_has_no_parts(artifact: Artifact) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.artifact import Artifact
 from pipelines.dataset import build_dataset
-from pipelines.draw import TrainRow, draw_rows, position_in_unit
+from pipelines.draw import TrainRow, count_rows, draw_rows, position_in_unit
 from pipelines.errors import UserError
 from pipelines.examples import build_examples
 from pipelines.lineage import Lineage
@@ -469,6 +469,17 @@ def test_several_rationales_of_a_row_come_in_their_order_with_who_said_them_and_
     assert (
         draw_rows([several | {"rationales": [first_said]}], Run(arm="standard", labels="teacher"))[0].agreement == 0.75
     )
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("labels", ["gold", "teacher"])
+def test_rows_are_counted_as_they_are_drawn(labels: Any, fraction: float) -> None:
+    rows = [row(n, gold=("good", "bad", None)[n % 3], said=None if n % 5 == 0 else "good") for n in range(100)]
+    run = Run(arm="step_by_step", labels=labels, fraction=fraction, seed=3)
+    drawn = draw_rows(rows, run)
+    assert 0 < sum(bool(r.rationales) for r in drawn) < 100
+    assert count_rows(rows, run) == (len(drawn), sum(bool(r.rationales) for r in drawn))
+    assert count_rows([], run) == (0, 0)
 
 
 def test_positions_are_even_and_depend_on_the_seed() -> None:

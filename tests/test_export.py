@@ -162,10 +162,11 @@ def test_a_lower_precision_is_recorded_and_the_weights_stay_as_they_are(line: Li
 
 
 def test_a_precision_that_answers_otherwise_is_refused(line: Lineage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoilt(predictor: Predictor, precision: str) -> None:
-        predictor.model.lm_head.weight.data.neg_()
+    def spoilt(predictor: Predictor, precision: str, device: str) -> None:
+        if precision == "int8":
+            predictor.model.lm_head.weight.data.neg_()
 
-    monkeypatch.setattr(Predictor, "lower", spoilt)
+    monkeypatch.setattr(Predictor, "_prepare", spoilt)
     with pytest.raises(UserError, match=r"precision int8: it answers \d"):
         build_export(changed(line, precision="int8", agreement=0.99))
 

@@ -1,16 +1,19 @@
 """Label-only inference: valid answers, exact probabilities, the order of the inputs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipelines import decoding
 from pipelines.errors import UserError
 from pipelines.predictor import Predictor
 from pipelines.recipe import Arm, resolve
 from pipelines.student import load_student
 from pipelines.tasks import Task, load_task
+from pipelines.tasks.expression import may_begin
 
 pytestmark = pytest.mark.slow  # it loads transformers
 
@@ -66,6 +69,16 @@ def test_what_is_no_expression_has_no_label_but_its_text() -> None:
         assert 0 <= prediction.confidence <= 1
 
 
+def test_an_expression_stays_one_whatever_the_student_would_rather_write() -> None:
+    made = predictor(EXPRESSION)
+    made.max_new_tokens = 24
+    inputs = ["How many?", "How much? " * 9, "12 apples", "(3"]
+    texts = [p.text for p in made.predict(inputs)]
+    assert all(may_begin(text) for text in texts), texts
+    made.arm = "rationale_first"
+    assert len(made.predict(inputs)) == 4
+
+
 def test_nothing_in_nothing_out(closed: Predictor) -> None:
     assert closed.predict([]) == []
 
@@ -82,7 +95,9 @@ def test_a_saved_student_answers_as_before(closed: Predictor, tmp_path: Path, ar
     before = Predictor(closed.model, closed.tokenizer, CHOICE, 100, 12, arm, prefix)
     before.save(tmp_path)
     inputs = ["My dog chewed it.", "I changed my mind. " * 30]
-    assert Predictor.open(tmp_path).predict(inputs) == before.predict(inputs)
+    for made, other in zip(Predictor.open(tmp_path).predict(inputs), before.predict(inputs), strict=True):
+        assert made == replace(other, confidence=made.confidence)
+        assert made.confidence == pytest.approx(other.confidence, rel=1e-3)
 
 
 def test_told_its_task_in_the_decoder_it_scores_labels_after_the_prefix(closed: Predictor) -> None:
@@ -102,32 +117,27 @@ def test_told_its_task_in_the_decoder_it_scores_labels_after_the_prefix(closed: 
     assert made.confidence == pytest.approx(float(expected.max()), rel=1e-4)
 
 
-class Scripted:
-    """Has a model write fixed texts, whatever it reads: its processor of logits leaves but one token possible."""
+def script(predictor: Predictor, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the model write fixed texts, one a row, whatever it reads: its logits leave but one token likely."""
+    rows = [[i for part in text.split("⏎") for i in predictor.tokenizer(part)["input_ids"]] for text in texts]
+    free = decoding._choose
 
-    def __init__(self, predictor: Predictor, texts: list[str]) -> None:
-        ids = predictor.tokenizer
-        self.rows = [[i for part in text.split("⏎") for i in ids(part)["input_ids"]] for text in texts]
+    def scripted(logits: torch.Tensor, written: list[list[int]], accepts: Any) -> Any:
+        for at, made in enumerate(written):
+            own = next((row for row in rows if row[: len(made)] == made and (made or row is rows[at])), [])
+            if len(made) < len(own):
+                logits[at, own[len(made)]] += 1e4
+        return free(logits, written, accepts)
 
-    def __call__(self, written: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        at = written.shape[1] - 1
-        for row, tokens in enumerate(self.rows[: len(logits)]):
-            logits[row, tokens[at] if at < len(tokens) else 7] += 1e4
-        return logits
+    monkeypatch.setattr(decoding, "_choose", scripted)
 
 
 def test_after_a_rationale_the_label_is_what_stands_between_two_ends(
     closed: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = ["It is faulty.⏎refund", "No idea.⏎maybe", "refund", "Long before.⏎repair"]
+    texts = ["It is faulty.⏎refund", "No idea.⏎maybe", "decline", "Long before.⏎repair"]
     made = Predictor(closed.model, closed.tokenizer, CHOICE, max_new_tokens=60, arm="rationale_first")
-    generate = made.model.generate
-
-    def scripted(**arguments: Any) -> Any:
-        arguments["logits_processor"] = [Scripted(made, texts), *arguments["logits_processor"]]
-        return generate(**arguments)
-
-    monkeypatch.setattr(made.model, "generate", scripted)
+    script(made, texts, monkeypatch)
     predictions = made.predict(["a", "bb", "ccc", "dddd"])
     assert [p.label for p in predictions] == ["refund", None, None, "repair"]
     assert predictions[1].text == "maybe"

@@ -87,9 +87,23 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_rows_become_a_grid_and_tokens_again() -> None:
     rows = t5.Rows([[5], [6, 7, 8], [9, 10]])
     values = torch.arange(12.0).view(6, 2)
-    grid = rows.grid(values)
-    assert grid.shape == (3, 3, 2)
-    assert grid[0].tolist() == [[0, 1], [0, 0], [0, 0]]
-    assert torch.equal(rows.tokens(grid), values)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            grid = rows.grid(values)
+            assert grid.shape == (3, 3, 2)
+            assert grid[1].tolist() == values[1:4].tolist()
+            assert torch.equal(rows.tokens(grid), values)
     assert rows.ids.tolist() == [5, 6, 7, 8, 9, 10]
     assert rows.real.sum(dim=1).tolist() == rows.lengths == [1, 3, 2]
+
+
+@pytest.mark.parametrize("rows", [[[5], [6, 7, 8], [9, 10]], [[5, 6], [7, 8]], [[5], [6]]])
+def test_heads_are_split_alike_with_and_without_gradients(rows: list[list[int]]) -> None:
+    made = t5.Rows(rows)
+    values = torch.randn(len(made.ids), 2 * 3 * 4)
+    with torch.no_grad():
+        fast = made.split(values, 2, 3)
+    for part, other in zip(made.split(values, 2, 3), fast, strict=True):
+        assert part.shape == (len(rows), 3, max(map(len, rows)), 4)
+        for row, length in enumerate(made.lengths):
+            assert torch.equal(part[row, :, :length], other[row, :, :length])

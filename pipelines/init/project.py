@@ -312,6 +312,8 @@ def _show_next_steps(task: Path, recipe: Path, rationales: Sequence[str], labell
         todo = ", and write exemplars"
     elif missing := rationales.count(""):
         todo = f", and write a rationale in place of each TODO, {missing} in all"
+    else:
+        todo = f", and correct the {len(rationales)} rationales that the model proposed"
     command = f"distill {'run' if labelled else 'rationales'} {shlex.quote(str(recipe))}"
     steps = [
         f"read {task}{todo}",

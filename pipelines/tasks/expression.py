@@ -15,11 +15,16 @@ MAX_DIGITS = 18
 _NUMBER = re.compile(r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![.,]?\w)")
 _SPACE = re.compile(r"\s*")
 _SPELLINGS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
+_ENDINGS = ("", "1", "0", "00", "000")  # one of which completes whatever can be: `3 +`, `1,0`, `1,`, `2 / 0`
 _TIMES = re.compile(r"(?<=[\d) ])[xX](?= ?[\d(])")  # 7 x 14
 
 
 class ExpressionError(ValueError):
     """The text is not an arithmetic expression within the limits, or it divides by zero."""
+
+
+class DivisionByZeroError(ExpressionError):
+    """What is divided by is zero."""
 
 
 def evaluate(text: str) -> Fraction:
@@ -46,6 +51,22 @@ def leading_expression(text: str) -> str:
     """
     _, end = _parse(text)
     return text[:end].strip()
+
+
+def may_begin(text: str) -> bool:
+    """Whether the text is an expression, or one can begin with it."""
+    closing = ")" * (text.count("(") - text.count(")"))
+    for ending in _ENDINGS:
+        try:
+            evaluate(text + ending + closing)
+        except DivisionByZeroError:
+            if closing:  # what is still open may become another number
+                return True
+        except ExpressionError:
+            continue
+        else:
+            return True
+    return False
 
 
 def _parse(text: str) -> tuple[Fraction, int]:
@@ -75,7 +96,7 @@ class _Parser:
             self.take()
             factor = self.factor(depth)
             if sign == "/" and factor == 0:
-                raise ExpressionError("division by zero")
+                raise DivisionByZeroError("division by zero")
             value = value * factor if sign == "*" else value / factor
         return value
 

@@ -71,6 +71,32 @@ def test_the_network_policy_has_the_fields_of_one() -> None:
     assert not list(validator("RayCluster").iter_errors(load("raycluster.yaml")["spec"] | {"networkPolicy": wrapped}))
 
 
+def test_prometheus_finds_the_metrics_of_every_pod_and_may_ask_for_them() -> None:
+    """Ray exports them at 8080 where KubeRay starts it."""
+    monitor = load("podmonitor.yaml")["spec"]
+    ports = {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
+    policy = load("networkpolicy.yaml")["spec"]
+    assert monitor["selector"] == policy["podSelector"], "which the operator labels every pod with"
+    assert 8080 in {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])}
+    for cluster in clusters():
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            for container in group["template"]["spec"]["containers"]:
+                assert {port["name"]: port["containerPort"] for port in container["ports"]}["metrics"] == 8080
+                assert ports <= {port["name"] for port in container["ports"]}
+
+
+def test_each_stage_has_nodes_of_its_own() -> None:
+    """What is asked for by `node_labels` is what groups bear, and the teacher's may be taken away."""
+    labels = {
+        group["labels"]["ray-subcluster"]: group["labels"]
+        for cluster in clusters()
+        for group in cluster["workerGroupSpecs"]
+    }
+    assert set(labels) == {"cpu", "teacher", "training", "serving"}
+    markets = {name: label["ray.io/market-type"] for name, label in labels.items()}
+    assert markets == dict.fromkeys(labels, "on-demand") | {"teacher": "spot"}
+
+
 def test_versions_are_those_of_the_lock() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     for cluster in clusters():
@@ -153,11 +179,11 @@ def test_serve_takes_the_endpoints_configuration() -> None:
     schema = ServeDeploySchema.model_validate(yaml.safe_load(load("rayservice.yaml")["spec"]["serveConfigV2"]))
     assert [application.import_path for application in schema.applications] == ["serve.app:build"]
     arguments = Settings.model_validate(schema.applications[0].args).model_dump()
-    pods = [
-        group["template"]["spec"] for group in load("rayservice.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    ]
+    [group] = load("rayservice.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pods = [group["template"]["spec"]]
     mounts = {mount["mountPath"] for pod in pods for mount in pod["containers"][0]["volumeMounts"]}
     assert {str(Path(bundle).parent) for bundle in arguments["bundles"]} <= mounts
+    assert arguments["node_labels"].items() <= group["labels"].items()
     assert arguments["cpus"] < int(pods[0]["containers"][0]["resources"]["requests"]["cpu"])
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ import psutil
 import pytest
 
 from cluster.local import Node
+from pipelines.dataset import build_dataset
 from pipelines.lineage import ROWS, Lineage
+from pipelines.pending import keys_on_disk
+from pipelines.rationales import build_rationales
 from pipelines.recipe import Run, load_recipe
 from pipelines.schema import GENERATIONS
-from pipelines.teacher import keys_on_disk
 
 pytestmark = pytest.mark.ray
 
@@ -108,46 +111,63 @@ def test_a_node_with_an_engine_dies(
 
 
 STUDENT = [
-    "student={steps: 120, eval_every: 40, checkpoint_every: 5, batch_size: 8, learning_rate: 1.0e-3, precision: fp32, "
+    "student={steps: 60, eval_every: 30, checkpoint_every: 5, batch_size: 8, learning_rate: 1.0e-3, precision: fp32, "
     "dropout: 0.1, workers: 2, zero_stage: 2}",
-    "runs=[{arm: step_by_step}]",
     "source.validation_share=0.2",
+    "evaluate.split=validation",
+    "search={space: {arm: step_by_step, alpha: [0.25, 0.75]}, stop_early: false}",
 ]
+FIRST, SECOND = (Run(arm="step_by_step", alpha=alpha) for alpha in (0.25, 0.75))
 
 
-def test_a_node_with_a_worker_of_training_dies(
+def test_a_node_with_a_worker_of_training_dies_and_one_in_a_search(
     tmp_path: Path,
     project: Path,
     add_node: Callable[[], Node],
     run: Callable[..., Running],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The first student is trained alone, the second in a search; without a loss, a search trains both."""
     monkeypatch.chdir(project)
     nodes = [add_node(), add_node()]
-    lines, took = [], []
-    for name in ("whole", "broken"):
-        overrides = [f"storage={tmp_path / name}", *STUDENT]
-        for stage in ("rationales", "dataset"):
-            run(stage, "recipe.yaml", *overrides).end()
-        lines.append(Lineage(load_recipe("recipe.yaml", overrides)))
-        training = run("train", "recipe.yaml", *overrides)
-        if name == "broken":
-            training.wait_until(lambda: steps(lines[1]) >= 15)
-            reached, at = steps(lines[1]), time.time() - training.start
-            nodes[0].kill()
-            add_node()
-        took.append(training.end())
-    whole, broken = (line.student(Run(arm="step_by_step")).read_table("losses").to_pylist() for line in lines)
-    print(f"\ntraining: {took[0]:.0f} s; killed at {at:.0f} s, step {reached}: {took[1]:.0f} s")
+
+    def overrides(storage: str) -> list[str]:
+        return [f"storage={tmp_path / storage}", *STUDENT]
+
+    def lose_a_node(command: Running, student: Run) -> str:
+        command.wait_until(lambda: steps(broken, student) >= 20)  # Ray Train hears of checkpoints every two seconds
+        reached, at = steps(broken, student), time.time() - command.start
+        nodes.pop(0).kill()
+        nodes.append(add_node())
+        return f"killed at {at:.0f} s, step {reached}: {command.end():.0f} s"
+
+    whole, broken = (Lineage(load_recipe("recipe.yaml", overrides(name))) for name in ("whole", "broken"))
+    build_rationales(whole)
+    build_dataset(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    both = run("search", "recipe.yaml", *overrides("whole")).end()
+    alone = "runs=[{arm: step_by_step, alpha: 0.25}]"
+    training = run("train", "recipe.yaml", *overrides("broken"), alone)
+    told = [lose_a_node(training, FIRST)]
+    search = run("search", "recipe.yaml", *overrides("broken"))
+    told.append(lose_a_node(search, SECOND))
+    seconds = [whole.student(student).manifest()["seconds"] for student in (FIRST, SECOND)]
+    print(f"\nundisturbed: search {both:.0f} s, of which students {seconds[0]:.0f} s and {seconds[1]:.0f} s")
+    print(f"train, one student: {told[0]}\nsearch, the other student: {told[1]}")
     assert "goes on from the checkpoint of step" in training.log.read_text()
-    assert [row["step"] for row in broken] == list(range(1, 121))
-    assert broken == whole, "to the last digit"
+    for student in (FIRST, SECOND):
+        losses, undisturbed = (line.student(student).read_table("losses").to_pylist() for line in (broken, whole))
+        assert [row["step"] for row in losses] == list(range(1, 61))
+        assert losses == undisturbed, "to the last digit"
+    columns = ["name", "key", "state", "accuracy", "chosen"]
+    trials, undisturbed = (line.search.read_table("trials", columns).to_pylist() for line in (broken, whole))
+    assert trials == undisturbed
 
 
-def steps(line: Lineage) -> int:
+def steps(line: Lineage, student: Run) -> int:
     """How far its checkpoints have come."""
     reached = [0]
-    for state in Path(line.student(Run(arm="step_by_step")).path("ray")).glob("checkpoint_*/state.json"):
+    for state in Path(line.student(student).path("ray")).glob("checkpoint_*/state.json"):
         try:
             reached.append(json.loads(state.read_text())["step"])
         except (FileNotFoundError, ValueError):  # removed, or not yet whole
@@ -177,10 +197,12 @@ def test_stages_keep_to_the_nodes_that_bear_their_labels(
     assert (runs(teaching, "Asker"), runs(training, "Asker")) == (True, False)
     asked.end()
     overrides = [storage, *STUDENT, "student.workers=1", "student.node_labels={ray-subcluster: training}"]
-    for stage in ("rationales", "dataset"):
-        run(stage, "recipe.yaml", *overrides).end()
+    overrides.append("runs=[{arm: step_by_step, alpha: 0.25}]")
+    line = Lineage(load_recipe("recipe.yaml", overrides))
+    build_rationales(line)
+    build_dataset(line)
     trained = run("train", "recipe.yaml", *overrides)
-    trained.wait_until(lambda: steps(Lineage(load_recipe("recipe.yaml", overrides))) > 0)
+    trained.wait_until(lambda: steps(line, FIRST) > 0)
     assert (runs(teaching, "RayTrainWorker"), runs(training, "RayTrainWorker")) == (False, True)
     trained.end()
 

@@ -19,12 +19,12 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.lineage import ROWS, Lineage
 from pipelines.meter import spent
+from pipelines.pending import keys_on_disk
 from pipelines.plan import make_plan
 from pipelines.preview import preview
 from pipelines.rationales import build_rationales, retry_rejected
 from pipelines.recipe import load_recipe
 from pipelines.schema import GENERATIONS
-from pipelines.teacher import keys_on_disk
 
 pytestmark = pytest.mark.ray
 

@@ -76,7 +76,7 @@ def test_workers_of_a_stopped_trial_end_with_it_and_leave_their_places(
     free = ray.available_resources()["CPU"]
     line: Lineage = place.line("student.steps=100000", "student.eval_every=2")
     run = Run(arm="standard")
-    with progress_of(100_000) as messages:
+    with progress_of("days", 100_000) as messages:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trial, line=line, messages=messages), {"CPU": 0.01}),
             param_space={"run": tune.grid_search([run.model_dump()])},

@@ -95,6 +95,12 @@ def test_shards_workers_and_accumulation_change_no_loss(
     assert right / len(place.days) == pytest.approx(made.manifest()["best"]["accuracy"])
 
 
+def test_under_zero_3_workers_that_write_texts_of_different_lengths_look_at_validation_together(place: Place) -> None:
+    settings = ("student.zero_stage=3", "student.workers=2", "student.steps=60", "student.eval_every=20")
+    line = train(place, *settings, "runs=[{arm: rationale_first}]")
+    assert [look["step"] for look in student(line).manifest()["history"]] == [20, 40, 60]
+
+
 # killed
 
 

@@ -4,10 +4,8 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -15,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from pipelines.predictor import Predictor
 from pipelines.ray_session import ray_session
 from serve.settings import Limits, Settings, Traffic
+from tests.serve.server import distill_serve, free_port, replicas, wait_until_ready
 
 pytestmark = pytest.mark.ray
 
@@ -64,12 +62,6 @@ def deploy(settings: Settings) -> None:
     from serve.app import build
 
     serve.run(build(settings))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def settings_of(bundles: dict[str, str], keys_file: str, *names: str, **given: Any) -> Settings:
@@ -242,9 +234,9 @@ def test_a_killed_replica_costs_at_most_what_was_under_way(url: str, bundles: di
 
     def kill_one() -> None:
         time.sleep(1)
-        replicas = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
-        assert len(replicas) == 2
-        replicas[0].kill()
+        both = replicas(os.getpid())
+        assert len(both) == 2
+        both[0].kill()
         time.sleep(8)
 
     load = Load(url)
@@ -275,15 +267,11 @@ def test_traffic_is_split_by_shares_and_rolled_back_without_a_restart(
         return seen
 
     split({"1": 0.5, "2": 0.5})
-    before = replica_pids()
+    before = {replica.pid for replica in replicas(os.getpid())}
     canary = split({"1": 0.8, "2": 0.2})
     assert 0 < canary["2"] < canary["1"]
     assert set(split({"1": 1.0, "2": 0.0})) == {"1"}
-    assert replica_pids() == before
-
-
-def replica_pids() -> set[int]:
-    return {p.pid for p in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())}
+    assert {replica.pid for replica in replicas(os.getpid())} == before
 
 
 def test_a_bundle_that_was_touched_is_not_served(url: str, make_bundle: Callable[..., str], keys_file: str) -> None:
@@ -294,23 +282,12 @@ def test_a_bundle_that_was_touched_is_not_served(url: str, make_bundle: Callable
         deploy(Settings(bundles=(folder,), keys_file=keys_file, cpus=0.5))
 
 
-def distill_serve(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipelines", "serve", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
-
-
 def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(bundles: dict[str, str]) -> None:
     port = free_port()
     process = distill_serve(bundles["returns@1"], "--port", str(port))
     try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.5)
         url = f"http://127.0.0.1:{port}"
+        wait_until_ready(process, url)
         assert ask(url, {}, inputs=TEXTS).status_code == 200
 
         async def stop_within() -> httpx.Response:
@@ -333,6 +310,7 @@ def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(
     ("arguments", "told"),
     [
         (["/absent"], "/absent"),
+        (["TOUCHED"], "model.safetensors"),
         (["BUNDLE", "--host", "0.0.0.0"], "API key is required"),
         (["BUNDLE", "--keys-file", "/absent"], "/absent"),
         (["BUNDLE", "--default", "other"], "other"),
@@ -340,9 +318,15 @@ def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(
     ],
 )
 def test_distill_serve_says_in_a_sentence_what_is_wrong(
-    bundles: dict[str, str], arguments: list[str], told: str
+    bundles: dict[str, str], tmp_path: Path, arguments: list[str], told: str
 ) -> None:
-    process = distill_serve(*[bundles["returns@1"] if a == "BUNDLE" else a for a in arguments])
+    touched = shutil.copytree(bundles["returns@1"], tmp_path / "touched")
+    weights = touched / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit
+    weights.write_bytes(content)
+    places = {"BUNDLE": bundles["returns@1"], "TOUCHED": str(touched)}
+    process = distill_serve(*[places.get(argument, argument) for argument in arguments])
     try:
         _, error = process.communicate(timeout=60)
     finally:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipelines.tasks.expression import ExpressionError, evaluate, leading_expression
+from pipelines.tasks.expression import ExpressionError, evaluate, leading_expression, may_begin
 
 OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "+": operator.add,
@@ -186,3 +186,24 @@ def test_an_expression_of_the_greatest_length_is_read_and_a_longer_one_is_not_cu
     assert evaluate(longest) == 128
     with pytest.raises(ExpressionError, match="longer"):
         leading_expression(longest + "+ 1")
+
+
+@given(trees)
+def test_whatever_begins_an_expression_may_begin_one(tree: Node) -> None:
+    text, value = tree
+    assume(value is not None)
+    assert all(may_begin(text[:length]) for length in range(len(text) + 1))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-", "1,", "1,0", "1,000.", "2 / 0", "2 / (3 - 3", "((", "7 x", "8 ÷ (1 +", " ", "5 / (0 * (3"]
+)
+def test_what_may_go_on(text: str) -> None:
+    assert may_begin(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "1 2", "1 +*", ")", "1)", "()", "2 / (3 - 3)", "1,00,", "1.2.", "7 x y", "1e", "="]
+)
+def test_what_can_be_no_expression_any_more(text: str) -> None:
+    assert not may_begin(text)

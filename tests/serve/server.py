@@ -1,0 +1,39 @@
+"""`distill serve` as a process of its own, for tests."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def distill_serve(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipelines", "serve", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+
+
+def wait_until_ready(process: "subprocess.Popen[str]", url: str) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"{url} is not ready")
+
+
+def replicas(pid: int) -> list[psutil.Process]:
+    """Serve's replicas among the descendants of a process."""
+    return [p for p in psutil.Process(pid).children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
