@@ -81,7 +81,7 @@ class Tried:
     """Students that differ by their seed alone, as they stood when an alpha was chosen."""
 
     point: Point
-    accuracies: tuple[float, ...]  # the best on validation so far, of each seed
+    scores: tuple[float, ...]  # the best on validation so far, of each seed
     stopped: int  # of them, before their last step
     chosen: bool
 
@@ -91,7 +91,7 @@ class Tried:
 
     @property
     def mean(self) -> float:
-        return float(np.mean(self.accuracies))
+        return float(np.mean(self.scores))
 
 
 def by_alpha(trials: Sequence[Mapping[str, Any]]) -> list[Tried]:
@@ -102,13 +102,13 @@ def by_alpha(trials: Sequence[Mapping[str, Any]]) -> list[Tried]:
     """
     groups: dict[Point, list[Mapping[str, Any]]] = {}
     for trial in trials:
-        if trial["alpha"] is not None and trial["accuracy"] is not None:
+        if trial["alpha"] is not None and trial["score"] is not None:
             groups.setdefault(Point(*(trial[name] for name in Point._fields)), []).append(trial)
     rivals = Counter(point._replace(alpha=None) for point in groups)
     return [
         Tried(
             point,
-            tuple(trial["accuracy"] for trial in group),
+            tuple(trial["score"] for trial in group),
             sum(trial["state"] == "stopped" for trial in group),
             bool(group[0]["chosen"]),
         )

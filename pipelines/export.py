@@ -79,7 +79,7 @@ def build_export(line: Lineage, force: bool = False) -> Artifact:
 
 def _bundle(line: Lineage, artifact: Artifact, dataset: Artifact, students: list[tuple[Run, Artifact]]) -> None:
     start = time.time()
-    run, student = max(students, key=lambda pair: float(pair[1].manifest()["best"]["accuracy"]))
+    run, student = max(students, key=lambda pair: float(pair[1].manifest()["best"]["score"]))
     with tempfile.TemporaryDirectory() as given, tempfile.TemporaryDirectory() as made:
         student.fs.get(student.path(MODEL) + "/", given, recursive=True)
         predictor = Predictor.open(given)

@@ -47,8 +47,8 @@ def draw_sizes(
     return _draw(cells, lambda cell: parameters[cell.model], "parameters of the student", teacher, split, size)
 
 
-def draw_alphas(tried: Sequence[Tried], size: Size) -> Figure:
-    """Accuracy on validation against alpha: a dash a seed, and their mean."""
+def draw_alphas(tried: Sequence[Tried], metric: str, size: Size) -> Figure:
+    """A metric on validation against alpha: a dash a seed, and their mean."""
     figure, (axes,) = _paper(size)
     lines: dict[Point, list[Tried]] = {}
     for one in tried:
@@ -60,14 +60,14 @@ def draw_alphas(tried: Sequence[Tried], size: Size) -> Figure:
             line = sorted(lines[point], key=lambda one: one.alpha)
             alphas = [one.alpha for one in line]
             for alpha, one in zip(alphas, line, strict=True):
-                axes.plot([alpha] * len(one.accuracies), _percents(one.accuracies), "_", color=colour)
+                axes.plot([alpha] * len(one.scores), _percents(one.scores), "_", color=colour)
             means = _percents([one.mean for one in line])
             name = f"{arm}, {100 * point.fraction:.4g} % of {point.labels} labels"
             name += _of(point.model) + _of(point.teacher)
             axes.plot(alphas, means, color=colour, marker="o", linewidth=1.8, label=name)
     alphas = sorted({one.alpha for one in tried})
     axes.set_xticks(alphas, [f"{alpha:.4g}" for alpha in alphas])
-    axes.set(xlabel="alpha, the weight of the label loss", ylabel="right on validation, %")
+    axes.set(xlabel="alpha, the weight of the label loss", ylabel=f"{metric} on validation, %")
     _legend(figure, axes, size)
     return figure
 

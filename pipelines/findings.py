@@ -25,7 +25,8 @@ class Student:
 
     @property
     def validation(self) -> float:
-        return float(self.trained["best"]["accuracy"])
+        """By the recipe's metric."""
+        return float(self.trained["best"]["score"])
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _trials(line: Lineage) -> list[dict[str, Any]]:
 
 def _as_trial(student: Student) -> dict[str, Any]:
     """A student of the recipe's `runs`, which no search has chosen."""
-    return {**student.score.run.model_dump(), "accuracy": student.validation, "state": "done", "chosen": False}
+    return {**student.score.run.model_dump(), "score": student.validation, "state": "done", "chosen": False}
 
 
 def took_by_students(line: Lineage, found: Findings) -> list[Took]:

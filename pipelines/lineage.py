@@ -177,8 +177,17 @@ class Lineage:
         return artifacts
 
     def student(self, run: Run) -> Artifact:
-        """One trained student."""
+        """One trained student.
+
+        Raises:
+            UserError: its model is not there, or the task has not its metric.
+        """
         student = self.recipe.student_of(run)
+        if student.metric == "macro_f1" and self.task.answer.kind != "choice":
+            raise UserError(
+                f"student.metric macro_f1 needs a closed set of labels, and answers of task {self.task.name} are of "
+                f"kind {self.task.answer.kind}; take accuracy"
+            )
         settings = student.model_dump(exclude=_STUDENT_RESOURCES | {"model", "revision", "deepspeed"})
         model = self._identity(student.model, student.revision)
         given = read_config(student.deepspeed) if student.deepspeed else None

@@ -23,15 +23,16 @@ from pipelines.schema import SPLITS, Reason
 from pipelines.verdicts import compare_to_teacher
 
 TEMPLATE = "report.html.j2"
+METRICS = {"accuracy": "right", "macro_f1": "macro-F1"}  # in words, before `on validation, %`
 _FIGURES = {
     "accuracy": "Accuracy against labelled examples",
     "size": "Accuracy against student size",
-    "alpha": "Accuracy on validation against alpha",
+    "alpha": "How good students are on validation against alpha",
     "confidence": "How far the chosen student's confidence can be trusted",
 }
 
 
-def draw_all(found: Findings) -> dict[str, Figure]:
+def draw_all(found: Findings, metric: str) -> dict[str, Figure]:
     """`<name>_wide` and `<name>_narrow` of every figure that there is something to show in."""
     made = {}
     split, metrics, model = found.best.evaluated["split"], found.best.evaluated["metrics"], found.best.score.run.model
@@ -45,7 +46,7 @@ def draw_all(found: Findings) -> dict[str, Figure]:
         if len(set(found.parameters.values())) > 1:
             made[f"size_{name}"] = draw_sizes(largest, found.parameters, found.teacher, split, size)
         if found.tried:
-            made[f"alpha_{name}"] = draw_alphas(found.tried, size)
+            made[f"alpha_{name}"] = draw_alphas(found.tried, METRICS[metric], size)
         made[f"confidence_{name}"] = draw_confidence(metrics, size)
     return made
 
@@ -65,6 +66,7 @@ def render(line: Lineage, stages: Sequence[Artifact], found: Findings, svgs: dic
     recipe, metrics = line.recipe, found.best.evaluated["metrics"]
     return _template().render(
         recipe=recipe,
+        metric=METRICS[recipe.student.metric],
         task=line.task,
         found=found,
         groups=groups,

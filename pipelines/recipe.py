@@ -241,7 +241,12 @@ class Student(_Frozen):
     )
     steps: int = Field(default=10_000, ge=1)
     eval_every: int = Field(default=500, ge=1, description="steps between two looks at validation")
-    patience: int | None = Field(default=None, ge=1, description="stop after so many looks without a better accuracy")
+    metric: Literal["accuracy", "macro_f1"] = Field(
+        default="accuracy",
+        description="on validation, what the best weights, early stopping and the search go by; macro_f1, of closed "
+        "sets alone, counts rare labels as much as others",
+    )
+    patience: int | None = Field(default=None, ge=1, description="stop after so many looks without a better score")
     max_input_tokens: int = Field(default=1024, ge=8)
     max_target_tokens: int = Field(default=256, ge=4)
     dropout: float | None = Field(default=None, ge=0, lt=1, description="default: the model's own")

@@ -23,7 +23,7 @@ from pipelines.recipe import Run
 
 CSV_COLUMNS = [
     *"kind arm labels fraction alpha model teacher seed examples rationales split rows accuracy low high".split(),
-    *"macro_f1 ece invalid milliseconds validation_accuracy best_step parameters seconds train_seconds uri".split(),
+    *"macro_f1 ece invalid milliseconds validation_score best_step parameters seconds train_seconds uri".split(),
 ]
 _MEASURED = ("rows", "accuracy", "low", "high", "macro_f1", "ece", "invalid", "milliseconds")
 
@@ -54,7 +54,7 @@ def build_report(line: Lineage, force: bool = False, chosen: Sequence[Run] | Non
 def _draw(line: Lineage, artifact: Artifact, parents: list[Artifact], runs: Sequence[Run], searched: bool) -> None:
     start = time.time()
     found = find(line, runs, searched)
-    figures = draw_all(found)
+    figures = draw_all(found, line.recipe.student.metric)
     drawn = {name: svg(figure, salt=name) for name, figure in figures.items()}
     _write(artifact, "report.html", render(line, parents, found, drawn).encode())
     _write(artifact, "results.csv", _csv(line, found).encode())
@@ -88,7 +88,7 @@ def _csv(line: Lineage, found: Findings) -> str:
                 "rationales": trained["rationales"],
                 "split": split,
                 **{name: student.evaluated["metrics"].get(name) for name in _MEASURED},
-                "validation_accuracy": student.validation,
+                "validation_score": student.validation,
                 "best_step": trained["best"]["step"],
                 **{name: trained[name] for name in ("parameters", "seconds", "train_seconds")},
                 "uri": student.artifact.uri,
@@ -118,7 +118,7 @@ def _facts(line: Lineage, found: Findings) -> dict[str, Any]:
         "verdict": {"effect": found.verdict.effect, "sentence": found.verdict.sentence},
         "best": {
             "student": best.score.run.name,
-            "validation_accuracy": best.validation,
+            "validation_score": best.validation,
             "accuracy": best.score.accuracy.mean,
             "model": best.artifact.file_uri(MODEL),
         },

@@ -117,7 +117,7 @@ TRIALS = pa.schema(
         ("state", pa.string()),  # done, stopped (early), failed, or not reached
         ("error", pa.string()),
         ("step", pa.int64()),  # the last that was looked at
-        ("accuracy", pa.float64()),  # the best on validation so far
+        ("score", pa.float64()),  # the best on validation so far, by student.metric
         ("seconds", pa.float64()),  # since the trial began, where it was stopped
         ("tokens_read", pa.int64()),  # until then; null where it was not
         ("tokens_written", pa.int64()),

@@ -2,7 +2,7 @@
 
 Every trial trains a student into the very artefact that `distill train` would make, so a student that is there is
 not trained again, by whichever command it came. A point is an arm, labels, a fraction and a model; its students differ
-in alpha and seed. The alpha of a point is the one with the best mean validation accuracy over seeds; its students, and
+in alpha and seed. The alpha of a point is the one with the best mean validation score over seeds; its students, and
 no others, read the test split. Writes `trials.parquet`; what was chosen is in the manifest.
 """
 
@@ -83,18 +83,18 @@ def chosen_runs(line: Lineage) -> list[Run]:
 
 
 def choose(trials: Sequence[Trial]) -> list[Run]:
-    """Of each point the students, over all seeds, with the alpha whose mean validation accuracy is best.
+    """Of each point the students, over all seeds, with the alpha whose mean score on validation is best.
 
-    A student that was stopped early counts with the best accuracy it had; one that failed or never began does not
+    A student that was stopped early counts with the best score it had; one that failed or never began does not
     count, and where it is of the chosen alpha, is not chosen.
     """
     points: dict[Point, dict[float | None, list[Trial]]] = defaultdict(lambda: defaultdict(list))
     for trial in trials:
-        if trial["accuracy"] is not None:
+        if trial["score"] is not None:
             points[point_of(trial["run"])][trial["run"].alpha].append(trial)
     chosen = []
     for alphas in points.values():
-        best = max(alphas.values(), key=lambda group: (len(group), mean(trial["accuracy"] for trial in group)))
+        best = max(alphas.values(), key=lambda group: (len(group), mean(trial["score"] for trial in group)))
         chosen += [trial["run"] for trial in best]
     return chosen
 
@@ -127,7 +127,7 @@ def _try(line: Lineage, points: Sequence[Run], artifact: Artifact) -> list[Trial
                 trainable,
                 param_space={"run": tune.grid_search([run.model_dump() for run in points])},
                 tune_config=tune.TuneConfig(
-                    metric="accuracy",
+                    metric="score",
                     mode="max",
                     max_concurrent_trials=room(student),
                     scheduler=_scheduler(line),
@@ -156,7 +156,7 @@ def _trial(config: dict[str, Any], line: Lineage, messages: Any) -> dict[str, An
     if not student.done():
         train_student(line, run, messages, [TuneReportCallback()])
     best = student.manifest()["best"]
-    return {"step": line.recipe.student.steps, "accuracy": best["accuracy"]}
+    return {"step": line.recipe.student.steps, "score": best["score"]}
 
 
 def _scheduler(line: Lineage) -> Any:
@@ -181,16 +181,16 @@ def _group_of(config: dict[str, Any]) -> Point:
 
 def _outcome(line: Lineage, run: Run, result: Any) -> Trial:
     student = line.student(run)
-    made: Trial = {"run": run, "name": run.name, "key": student.key, "error": None, "step": None, "accuracy": None}
+    made: Trial = {"run": run, "name": run.name, "key": student.key, "error": None, "step": None, "score": None}
     made |= {"seconds": None, "tokens_read": None, "tokens_written": None}
     if student.done():
         manifest = student.manifest()
-        return made | {"state": "done", "step": manifest["steps"], "accuracy": manifest["best"]["accuracy"]}
+        return made | {"state": "done", "step": manifest["steps"], "score": manifest["best"]["score"]}
     if result is not None and result.error is not None:
         return made | {"state": "failed", "error": str(result.error).strip().splitlines()[-1]}
     if result is None or not (result.metrics or {}).get("step"):
         return made | {"state": "not reached"}
-    told = {name: result.metrics[name] for name in ("step", "accuracy", "tokens_read", "tokens_written")}
+    told = {name: result.metrics[name] for name in ("step", "score", "tokens_read", "tokens_written")}
     return made | {"state": "stopped", "seconds": result.metrics["time_total_s"], **told}
 
 
@@ -212,7 +212,7 @@ def _show(artifact: Artifact) -> None:
         groups[trial["arm"], trial["labels"], trial["fraction"], *own, trial["alpha"]].append(trial)
     rows = []
     for (arm, labels, fraction, *names, alpha), group in groups.items():
-        known = [trial["accuracy"] for trial in group if trial["accuracy"] is not None]
+        known = [trial["score"] for trial in group if trial["score"] is not None]
         states = [trial["state"] for trial in group]
         rows.append(
             [

@@ -64,7 +64,7 @@ def train_students(line: Lineage, runs: Sequence[Run], force: bool = False) -> l
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        _show([run for run in todo if artifacts[run].done()], artifacts)
+        _show([run for run in todo if artifacts[run].done()], artifacts, student.metric)
     if refused:
         raise UserError("; ".join(refused))
     return list(artifacts.values())
@@ -114,7 +114,7 @@ def train_student(line: Lineage, run: Run, messages: Any, callbacks: Sequence[An
             rationales=explained,
             steps=state["step"],
             stopped_early=state["stopped_early"],
-            best={"step": state["best_step"], "accuracy": state["best_accuracy"]},
+            best={"step": state["best_step"], "score": state["best_score"], "accuracy": state["best_accuracy"]},
             history=state["history"],
             train_seconds=round(state["train_seconds"], 2),
             tokens={"read": state["tokens_read"], "written": state["tokens_written"]},
@@ -183,7 +183,7 @@ def room(student: Student) -> int:
     return max(1, int(room))
 
 
-def _show(runs: Sequence[Run], artifacts: dict[Run, Artifact]) -> None:
+def _show(runs: Sequence[Run], artifacts: dict[Run, Artifact], metric: str) -> None:
     """What was trained, and what the last students that learnt to explain write."""
     rows = []
     for run in runs:
@@ -193,13 +193,13 @@ def _show(runs: Sequence[Run], artifacts: dict[Run, Artifact]) -> None:
         rows.append(
             [
                 run.name,
-                f"{best['accuracy']:.4f}",
+                f"{best['score']:.4f}",
                 f"{best['step']:,} of {made['steps']:,}{early}",
                 f"{made['examples_per_second']:,.1f}",
                 f"{cut['inputs'] + cut['rationales']:,}",
             ]
         )
-    show_table("Students", ["validation", "accuracy", "best step", "examples/s", "cut"], rows)
+    show_table("Students", ["validation", metric, "best step", "examples/s", "cut"], rows)
     for run in runs:
         explained = artifacts[run].manifest()["history"][-1]["explained"]
         if explained:

@@ -29,6 +29,7 @@ from pipelines.deepspeed_config import Config
 from pipelines.draw import TrainRow, draw_rows
 from pipelines.errors import UserError
 from pipelines.lineage import BEST
+from pipelines.metrics import classify
 from pipelines.predictor import Predictor
 from pipelines.recipe import TWO_TASKS, Run, Student
 from pipelines.student import Batch, Collator, Objective, load_student
@@ -63,7 +64,8 @@ class State:
     zero_stage: int
     step: int = 0
     best_step: int = 0
-    best_accuracy: float = -1.0
+    best_score: float = -1.0
+    best_accuracy: float = -1.0  # at that step
     looks_since_best: int = 0
     train_seconds: float = 0.0
     tokens_read: int = 0  # by the encoder, over all workers
@@ -271,33 +273,47 @@ class _Worker:
     def _look(self) -> None:
         """Measure on validation; keep the weights if they are the best so far."""
         s, state = self.student, self.state
-        right = torch.tensor([float(self._count_right())], device=self.device)
-        distributed.all_reduce(right)
-        accuracy = float(right) / len(self.validation)
+        scores = self._score()
+        score = scores[s.metric]
         since = state.losses[state.history[-1]["step"] if state.history else 0 :]
-        look = {"step": state.step, "accuracy": accuracy, **_means(since), "explained": self._explain()}
+        look = {"step": state.step, **scores, **_means(since), "explained": self._explain()}
         state.history.append(look)
-        if accuracy > state.best_accuracy:
-            state.best_step, state.best_accuracy, state.looks_since_best = state.step, accuracy, 0
+        if score > state.best_score:
+            state.best_step, state.best_score, state.looks_since_best = state.step, score, 0
+            state.best_accuracy = scores["accuracy"]
             self._keep_best()
         else:
             state.looks_since_best += 1
             state.stopped_early = s.patience is not None and state.looks_since_best >= s.patience
         if self.tracker:
-            self.tracker.log(state.step, {"validation_accuracy": accuracy})
-            self.job.messages.put_nowait(("look", self.run.name, accuracy))
+            self.tracker.log(state.step, {f"validation_{name}": value for name, value in scores.items()})
+            self.job.messages.put_nowait(("look", self.run.name, scores["accuracy"]))
             self.tracker.keep()
-            self._say(f"step {state.step:,}: validation accuracy {accuracy:.4f}, loss {look['loss']:.4f}")
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+            self._say(f"step {state.step:,}: validation {told}, loss {look['loss']:.4f}")
 
-    def _count_right(self) -> int:
-        """Rows of this worker's share that are predicted right. Shares are of one length, because under ZeRO 3
-        all workers must run the same passes; what fills up the last share does not count."""
+    def _score(self) -> dict[str, float]:
+        """Accuracy on validation, and macro-F1 if it goes by that."""
+        gathered: list[Any] = [None] * self.world
+        distributed.all_gather_object(gathered, self._predict())
         rows, task = self.validation, self.job.task
+        predicted = [label for of_worker in gathered for label in of_worker]
+        right = sum(task.same(label, row["label"]) for label, row in zip(predicted, rows, strict=True))
+        scores = {"accuracy": right / len(rows)}
+        if self.student.metric == "macro_f1":
+            gold = [row["label"] for row in rows]
+            scores["macro_f1"] = classify(gold, predicted, task.answer.labels)["macro_f1"]
+        return scores
+
+    def _predict(self) -> list[str | None]:
+        """The labels of this worker's share of validation. Shares are of one length, because under ZeRO 3 all workers
+        must run the same passes; what fills up the last share is left out."""
+        rows = self.validation
         share = -(-len(rows) // self.world)
         mine = rows[self.rank * share : (self.rank + 1) * share]
         filled = mine + rows[: share - len(mine)]
         made = self.predictor.predict([r["input"] for r in filled], [r["choices"] for r in filled])
-        return sum(task.same(p.label, row["label"]) for p, row in zip(made, mine, strict=False))
+        return [prediction.label for prediction in made[: len(mine)]]
 
     def _all_done(self, mine: bool) -> bool:
         """Whether all workers have written their texts. Until then all run passes, in which ZeRO 3 gathers weights."""
@@ -320,7 +336,7 @@ class _Worker:
         state = self.state
         return {
             "step": state.step,
-            "accuracy": max(state.best_accuracy, 0.0),
+            "score": max(state.best_score, 0.0),
             "tokens_read": state.tokens_read,
             "tokens_written": state.tokens_written,
             "placement_group": get_current_placement_group().id.hex(),  # by which a search frees it

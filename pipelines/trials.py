@@ -14,8 +14,6 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipelines.console import duration, say
 
-_STARTED = "__ray_ready__"  # what every actor answers, or raises when it is dead
-
 
 class TrialWatch(Callback):  # type: ignore[misc]  # Ray is not followed
     """Holds plain values alone until a search begins, since Tune keeps it for when the search is gone on with.
@@ -31,7 +29,8 @@ class TrialWatch(Callback):  # type: ignore[misc]  # Ray is not followed
     def setup(self, **_: Any) -> None:
         self._began, self._ended_here = time.monotonic(), 0
         self._actors: dict[str, Any] = {}  # of trials that run
-        self._leaving: dict[Any, tuple[Any, PlacementGroup]] = {}  # what an actor's death resolves -> it, its places
+        # a call that fails when an actor is dead -> the actor, its places
+        self._leaving: dict[Any, tuple[Any, PlacementGroup]] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._actors[trial.trial_id] = trial.temporary_state.ray_actor
@@ -62,7 +61,7 @@ class TrialWatch(Callback):  # type: ignore[misc]  # Ray is not followed
         if places and trial.last_result["step"] < self.steps:
             group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(places)))
             ray.kill(actor)  # which Tune does by letting go of it, but we hold it; its workers go with it
-            self._leaving[getattr(actor, _STARTED).remote()] = (actor, group)
+            self._leaving[actor.__ray_ready__.remote()] = (actor, group)
 
     def _free(self, timeout: float) -> None:
         """Remove the places of trials whose actor is dead; before, Ray Train would take others in their stead."""
@@ -75,4 +74,4 @@ class TrialWatch(Callback):  # type: ignore[misc]  # Ray is not followed
             except RayError:
                 remove_placement_group(group)
             else:
-                self._leaving[getattr(actor, _STARTED).remote()] = (actor, group)
+                self._leaving[actor.__ray_ready__.remote()] = (actor, group)

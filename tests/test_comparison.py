@@ -171,9 +171,9 @@ def test_percent() -> None:
     assert percent(0.8123) == "81.2"
 
 
-def trial(accuracy: float | None, **keys: Any) -> dict[str, Any]:
+def trial(score: float | None, **keys: Any) -> dict[str, Any]:
     run = Run.model_validate({"arm": "step_by_step", "alpha": 0.5} | {k: v for k, v in keys.items() if k != "state"})
-    return {**run.model_dump(), "accuracy": accuracy, "state": keys.get("state", "done"), "chosen": False}
+    return {**run.model_dump(), "score": score, "state": keys.get("state", "done"), "chosen": False}
 
 
 def test_alphas_are_means_over_seeds_where_there_is_more_than_one() -> None:
@@ -186,6 +186,6 @@ def test_alphas_are_means_over_seeds_where_there_is_more_than_one() -> None:
         trial(0.4, arm="standard", alpha=None),
     ]
     low, high = by_alpha(trials)
-    assert (low.alpha, low.accuracies, low.stopped) == (0.25, (0.6, 0.5), 1)
+    assert (low.alpha, low.scores, low.stopped) == (0.25, (0.6, 0.5), 1)
     assert low.mean == pytest.approx(0.55)
-    assert (high.alpha, high.accuracies, high.stopped) == (0.75, (0.8,), 0)
+    assert (high.alpha, high.scores, high.stopped) == (0.75, (0.8,), 0)

@@ -7,11 +7,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from pipelines.errors import UserError
 from pipelines.recipe import Run, Search, load_recipe
 
 
-def trial(accuracy: float | None, state: str = "done", **run: Any) -> dict[str, Any]:
-    return {"run": Run.model_validate({"arm": "step_by_step", **run}), "accuracy": accuracy, "state": state}
+def trial(score: float | None, state: str = "done", **run: Any) -> dict[str, Any]:
+    return {"run": Run.model_validate({"arm": "step_by_step", **run}), "score": score, "state": state}
 
 
 def chosen(*trials: dict[str, Any]) -> list[tuple[float | None, int]]:
@@ -132,6 +133,18 @@ def test_a_runs_own_alpha_and_model_make_the_student_that_the_recipe_would(tmp_p
     assert recipe.student_of(Run(arm="step_by_step")) == recipe.student
     own = recipe.student_of(Run(arm="step_by_step", alpha=0.7, model="google/flan-t5-base"))
     assert (own.alpha, own.model, own.revision) == (0.7, "google/flan-t5-base", None)
+
+
+def test_what_could_not_be_chosen_or_scored_is_refused_before_anything_is_made(make_line: Any) -> None:
+    from pipelines.search import search_students
+
+    train = {"train": [{"text": "a day", "label": "good"}]}
+    with pytest.raises(UserError, match=r"source\.test is not given"):
+        search_students(make_line(rows=train))
+    missing = make_line("search.space={model: ./absent}", "evaluate.split=validation", rows=train)
+    with pytest.raises(UserError, match=r"\./absent"):
+        search_students(missing)
+    assert not missing.examples.done()
 
 
 # early stopping

@@ -60,6 +60,15 @@ def test_no_row_with_the_labels_that_are_asked_for(make_line: MakeLine) -> None:
     assert refusal(line, labels="teacher").endswith("the dataset has no row with a teacher label")
 
 
+def test_a_metric_that_the_task_has_not_is_refused(make_line: MakeLine) -> None:
+    open_answers = {"answer": {"kind": "text"}}
+    with pytest.raises(
+        UserError, match="macro_f1 needs a closed set of labels, and answers of task mood are of kind text"
+    ):
+        make_line("student.metric=macro_f1", task=open_answers).student(Run(arm="standard"))
+    assert make_line("student.metric=macro_f1").student(Run(arm="standard")).stage == "train"
+
+
 def test_without_gold_no_checkpoint_can_be_chosen(make_line: MakeLine) -> None:
     line = make_line(
         rows={"train": [{"text": f"train {n}"} for n in range(8)]},

@@ -52,9 +52,9 @@ def test_a_search_is_killed_goes_on_and_chooses_on_validation(place: Any) -> Non
     chosen = chosen_runs(line)
     assert sorted(run.arm for run in chosen) == ["standard", "step_by_step"]
     for run in chosen:
-        rivals = [t["accuracy"] for t in trials.values() if t["arm"] == run.arm and t["model"] is None]
+        rivals = [t["score"] for t in trials.values() if t["arm"] == run.arm and t["model"] is None]
         assert line.student(run).done()
-        assert trials[run.name]["accuracy"] == max(rivals)
+        assert trials[run.name]["score"] == max(rivals)
     reads = artifact.manifest()["reads_of_test"]
     assert sorted(read["student"] for read in reads) == sorted(run.name for run in chosen)
 

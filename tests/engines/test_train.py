@@ -243,11 +243,15 @@ def test_trackers_are_told_and_patience_ends_a_run(
         "student.learning_rate=1e-12",
         "student.eval_every=2",
         "student.patience=2",
+        "student.metric=macro_f1",
         "student.precision=bf16",
         "student.trackers=[mlflow,wandb]",
     )
     manifest = student(line).manifest()
     assert (manifest["steps"], manifest["stopped_early"], manifest["best"]["step"]) == (6, True, 2)
+    first = manifest["history"][0]
+    assert manifest["best"] == {"step": 2, "score": first["macro_f1"], "accuracy": first["accuracy"]}
+    assert board(student(line).path("tensorboard"), "validation_macro_f1") == pytest.approx([first["macro_f1"]] * 3)
     explained = manifest["history"][-1]["explained"]
     assert [e["input"] for e in explained] == [f"{row['day']} Yes." for row in place.days[:3]]
     import mlflow

@@ -93,7 +93,7 @@ def write_search(line: Lineage, chosen: list[Run]) -> None:
             **run.model_dump(),
             **{"name": run.name, "key": line.student(run).key, "chosen": run in chosen, "step": 20, "seconds": 30.0},
             **{"tokens_read": 500, "tokens_written": 100, "state": "done" if run in chosen else "stopped"},
-            "accuracy": 0.4 + 0.1 * run.seed + 0.2 * (run.alpha or 0) + 0.1 * run.fraction,
+            "score": 0.4 + 0.1 * run.seed + 0.2 * (run.alpha or 0) + 0.1 * run.fraction,
         }
         for run in line.recipe.search.points()
     ]
@@ -114,7 +114,7 @@ def write_student(line: Lineage, run: Run, validation: float) -> None:
         run=run.model_dump(),
         rows=round(100 * run.fraction),
         rationales=round(70 * run.fraction) if run.arm == "step_by_step" else 0,
-        best={"step": 40, "accuracy": validation},
+        best={"step": 40, "score": validation, "accuracy": validation},
         history=[{"step": 40, "accuracy": validation}],
         train_seconds=7.5,
         examples_per_second=100.0,

@@ -107,7 +107,7 @@ def test_the_table_holds_what_was_measured(small: Lineage) -> None:
 def test_the_best_is_chosen_on_validation_never_on_test(small: Lineage, capsys: pytest.CaptureFixture[str]) -> None:
     best = build_report(small).manifest()["best"]  # step_by_step is better on test
     model = small.student(STANDARD).file_uri("model")
-    assert (best["student"], best["validation_accuracy"], best["model"]) == (STANDARD.name, 0.8, model)
+    assert (best["student"], best["validation_score"], best["model"]) == (STANDARD.name, 0.8, model)
     assert capsys.readouterr().out.splitlines()[-1].endswith(f'distill predict {model} "an input"')
 
 
@@ -282,7 +282,7 @@ def test_figures(curve: Lineage) -> None:
 
 def test_what_a_search_tried_is_told(searched: Artifact) -> None:
     said = words_of(searched)
-    assert "Accuracy against alpha" in said
+    assert "Against alpha" in said
     assert "step_by_step chosen gold labels, 25 % 0.75" in said
     assert "Accuracy against student size" in said
     assert "617,000 or 1,234,567 parameters" in said
