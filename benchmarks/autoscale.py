@@ -21,9 +21,10 @@ import typer
 import yaml
 
 from cluster.local import Node, Seen, Watch, autoscaling_cluster, cluster_folder, free_port, run_and_watch
+from pipelines.bundle import Bundle
 from pipelines.checksums import write_checksums
 from pipelines.console import say
-from pipelines.predictor import Bundle, Predictor
+from pipelines.predictor import Predictor
 from pipelines.recipe import resolve
 from pipelines.student import load_student
 from pipelines.tasks import load_task
