@@ -163,13 +163,14 @@ def _scheduler(line: Lineage) -> Any:
     from pipelines.asha import AshaByGroup  # it imports Ray, which reads the environment that `ray_session` sets
 
     search, student = line.recipe.search, line.recipe.student
-    if not search.stop_early:
+    grace = student.eval_every * search.grace_looks
+    if not search.stop_early or grace >= student.steps:  # by then all are at their end
         return None
     return AshaByGroup(
         _group_of,
         time_attr="step",
         max_t=student.steps,
-        grace_period=student.eval_every * search.grace_looks,
+        grace_period=grace,
         reduction_factor=search.reduction_factor,
     )
 
