@@ -99,7 +99,7 @@ class Predictor:
             for stack in stacks:
                 quantize(stack)
         self.model.to(device)
-        if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
+        if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available() and can_run(precision):
             pack(self.model)
 
     def save(self, folder: str | Path) -> None:
