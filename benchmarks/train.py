@@ -80,6 +80,7 @@ def compare(
                     learn()
                     speed = learnt / (time.perf_counter() - start)
                     speeds.setdefault(f"{shape} {name} {side}", []).append(speed)
+                    console.print(f"  {side}: {speed:.1f} examples/s", highlight=False)
     two = _two_workers(1 if quick else 3)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     _show(console, medians, sets)
