@@ -69,7 +69,7 @@ class Settings(_Frozen):
     gpus: float = Field(default=0, ge=0)
     ongoing: int = Field(default=128, ge=1, description="requests that one replica works on at once")
     queued: int = Field(
-        default=256, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After"
+        default=64, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After"
     )
     drain_s: float = Field(default=30, gt=0, description="for requests under way, when a replica is stopped")
 
