@@ -68,9 +68,7 @@ class Settings(_Frozen):
     cpus: float = Field(default=1, gt=0, description="of one replica, and threads of its model")
     gpus: float = Field(default=0, ge=0)
     ongoing: int = Field(default=128, ge=1, description="requests that one replica works on at once")
-    queued: int = Field(
-        default=64, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After"
-    )
+    queued: int = Field(default=64, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After")
     drain_s: float = Field(default=30, gt=0, description="for requests under way, when a replica is stopped")
 
     @model_validator(mode="after")
