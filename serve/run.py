@@ -23,6 +23,7 @@ _TIMEOUT_S = 30.0  # of a request
 _DIRECT = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer must learn first that it goes
+    "RAY_SERVE_PORT_QUARANTINE_S": "0",  # nor that it is back: a replica that died is replaced at the same port
 }
 
 
@@ -87,7 +88,7 @@ def hold(host: str, port: int, direct: bool) -> Iterator[Callable[[Any], None]]:
     _check_free(host, port)
     if direct:
         os.environ.update(_DIRECT, RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT=str(port))
-        os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(port)
+        os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(port + 1)  # the first that is not taken
     with ray_session():
         from ray import serve
 

@@ -82,9 +82,7 @@ class Settings(_Frozen):
         default={}, description="only on nodes that bear these labels, e.g. {ray-subcluster: serving}"
     )
     ongoing: int = Field(default=128, ge=1, description="requests that one replica works on at once")
-    queued: int = Field(
-        default=256, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After"
-    )
+    queued: int = Field(default=64, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After")
     drain_s: float = Field(default=30, gt=0, description="for requests under way, when a replica is stopped")
 
     @model_validator(mode="after")
