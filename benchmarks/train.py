@@ -43,7 +43,7 @@ MUST = {
     "two_workers": 1.7,
 }
 BATCH = 16
-ROWS = 64  # of a turn; every side learns all of them
+ROWS = 32  # of a turn; every side learns all of them
 ALPHA, LEARNING_RATE = 0.5, 5e-5
 REFERENCE = Path(os.environ.get("STEPDISTILL_REFERENCE", "../shared/data/reference"))
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -246,7 +246,7 @@ def _reference(model: Any, tokenizer: Any, schedule: Schedule, context: Any) -> 
 
 
 def _two_workers(rounds: int) -> float:
-    """Examples a second of two workers over those of one, on the same batches of 64."""
+    """Examples a second of two workers over those of one, on the same batches."""
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(rounds):
         for world, made in speeds.items():
@@ -273,15 +273,15 @@ def worker(world: int, port: str, rank: int) -> None:
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}.items():
         os.environ[name] = str(value)
     deepspeed.ops.__compatible_ops__ = {}
-    rows = _made_up_rows(192)
+    rows = _made_up_rows(3 * BATCH)
     tokenizer = _tokenizer(rows)
     model = _model("small", tokenizer)
-    student = Student(batch_size=64, workers=world, precision="fp32", zero_stage=1)
+    student = Student(batch_size=BATCH, workers=world, precision="fp32", zero_stage=1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     engine, *_ = deepspeed.initialize(
         model=Objective(model, ALPHA), model_parameters=model.parameters(), config=deepspeed_config(student)
     )
-    collate, schedule = Collator(model, tokenizer, "step_by_step", 1024, 256), Schedule(rows, 0, 64)
+    collate, schedule = Collator(model, tokenizer, "step_by_step", 1024, 256), Schedule(rows, 0, BATCH)
     start = 0.0
     for step in range(3):
         if step == 1:  # the first lays out memory
@@ -292,7 +292,7 @@ def worker(world: int, port: str, rank: int) -> None:
         loss, _ = engine(batch, totals)
         engine.backward(loss * world)
         engine.step()
-    print(f"RATE {128 / (time.perf_counter() - start)}")
+    print(f"RATE {2 * BATCH / (time.perf_counter() - start)}")
     torch.distributed.destroy_process_group()
 
 
