@@ -43,7 +43,7 @@ MUST = {
     "two_workers": 1.7,
 }
 BATCH = 16
-ROWS = 32  # of a turn; every side learns all of them
+ROWS = 64  # of a turn; every side learns all of them
 ALPHA, LEARNING_RATE = 0.5, 5e-5
 REFERENCE = Path(os.environ.get("STEPDISTILL_REFERENCE", "../shared/data/reference"))
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
