@@ -82,7 +82,7 @@ async def overload(url: str, replica: psutil.Process, clients: int, seconds: flo
     return outcome
 
 
-@pytest.mark.long  # where other jobs take the cores, what was accepted may wait beyond the time of a request, and gets 408
+@pytest.mark.long  # where others take the cores, some that were accepted wait beyond the time of a request (408)
 def test_the_excess_is_refused_the_rest_answered_in_bounded_time_and_it_recovers(
     server: tuple[str, psutil.Process],
 ) -> None:
