@@ -1,7 +1,5 @@
 """The page in a headless Chromium, at a desk and on a phone, by day and by night; skipped where there is none."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,19 +9,7 @@ from pipelines.artifact import Artifact
 
 pytestmark = pytest.mark.slow
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the path")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture(params=[(DESK, "light"), (DESK, "dark"), (PHONE, "light"), (PHONE, "dark")])

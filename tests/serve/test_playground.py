@@ -1,7 +1,5 @@
 """The page in a headless Chromium, driven by keyboard and on a phone's width; skipped where there is none."""
 
-import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,19 +15,7 @@ from serve.settings import Limits
 
 pytestmark = pytest.mark.slow
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 KEY = "open sesame"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the path")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture(params=[None, KEY], ids=["open", "keyed"])
