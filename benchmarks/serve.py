@@ -13,7 +13,7 @@ Then over HTTP, with T5 v1.1 small:
 
     plain     FastAPI and uvicorn around the same predictor, with a batcher of a few lines
     proxied   our application behind Ray Serve's proxy
-    direct    the same with one replica that listens itself (`serve.run.hold(direct=True)`; no command does so yet)
+    direct    the same with one replica that listens itself (`distill serve --direct`)
     … noop    each of them without a model
 
 ONNX Runtime is not among them: its exporter needs an environment of its own.

@@ -122,6 +122,7 @@ def _server(kind: str, folder: str, port: int, threads: int) -> None:
 def _noop_application() -> Any:
     """Our application, but that nothing is asked of a model."""
     from ray import serve
+    from ray.serve.schema import LoggingConfig
 
     from serve.api import Student, make_api
     from serve.meter import Meter
@@ -149,7 +150,9 @@ def _noop_application() -> Any:
         def listed(self) -> list[tuple[Student, float]]:
             return [(Nobody(), 1.0)]
 
-    return serve.deployment(serve.ingress()(Noop), max_ongoing_requests=128, max_queued_requests=256).bind()
+    quiet = LoggingConfig(enable_access_log=False)
+    application = serve.ingress()(Noop)
+    return serve.deployment(application, max_ongoing_requests=128, max_queued_requests=256, logging_config=quiet).bind()
 
 
 def _serve_plain(folder: str | None, port: int, threads: int) -> None:

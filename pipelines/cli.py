@@ -296,12 +296,20 @@ def serve(
     ] = False,
     replicas: Annotated[int, typer.Option(min=1)] = 1,
     cpus: Annotated[float, typer.Option(min=0.1, help="Of one replica.")] = 1.0,
+    direct: Annotated[
+        bool,
+        typer.Option(
+            "--direct",
+            help="The one replica listens itself: several times as many requests a second of a small student; while "
+            "it is replaced after a crash, nothing does.",
+        ),
+    ] = False,
 ) -> None:
     """Answer over HTTP on this machine: labels, confidences, a page to try it. For a cluster see serve/config.yaml."""
     from serve.run import serve_here, settings_for
 
     settings = settings_for(bundles, host, no_key, default, keys_file, replicas, cpus)
-    serve_here(settings, host, port)
+    serve_here(settings, host, port, direct)
 
 
 @app.command()

@@ -10,15 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-_TANH_GELU = "NewGELUActivation"  # transformers' name for it, in eight operations
+from pipelines.onednn import TANH_GELU, fill_up
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without bias and what follows it, with weights in oneDNN's order; inference on CPUs alone.
-
-    oneDNN compiles a kernel for every number of rows that it meets, which takes a millisecond or more and is kept for
-    some hundred of them; so rows are filled up to one of sixteen numbers between a power of two and the next.
-    """
+    """A linear layer without bias and what follows it, with weights in oneDNN's order; inference on CPUs alone."""
 
     weight = None  # what T5 asks for the type of, before it converts to that
 
@@ -29,14 +25,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(rows, inputs) → (rows, outputs)."""
-        count = len(rows)
-        more = -count % (1 << max(0, count.bit_length() - 5))
-        if more:
-            rows = functional.pad(rows, (0, 0, 0, more))
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self._packed, None, self._activation, [], self._variant
+            fill_up(rows), self._packed, None, self._activation, [], self._variant
         )
-        return made[:count]
+        return made[: len(rows)]
 
 
 class _Norm(nn.Module):
@@ -76,7 +68,7 @@ def fuse(model: Any) -> None:
             feed_forward.layer_norm = _fold(
                 feed_forward.layer_norm, *((dense.wi_0, dense.wi_1) if gated else (dense.wi,))
             )
-            if type(dense.act).__name__ == _TANH_GELU:
+            if type(dense.act).__name__ == TANH_GELU:
                 dense.act = nn.GELU(approximate="tanh")
         stack.final_layer_norm = _Norm(stack.final_layer_norm)
 

@@ -3,12 +3,14 @@
 
 One deployment holds the HTTP side and all bundles, so that a request makes one hop, from the proxy to a replica.
 Requests wait at the proxy, at most so many; within a replica, those of one model are answered in batches of so many
-tokens at most, in a thread of their own, so that the next ones are read meanwhile.
+tokens at most, in a thread of their own, so that the next ones are read meanwhile. Whenever the model is free it takes
+what waits. (`serve.batch` closes a batch before the model is free for it, so under load most are of one request.)
 """
 
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.schema import LoggingConfig
 
 from pipelines.errors import UserError
 from pipelines.predictor import Prediction, Predictor
@@ -36,10 +39,11 @@ class _Part(NamedTuple):
     choices: list[Sequence[str] | None]
     scores: bool
     since: float  # time.perf_counter() of its arrival
+    made: "asyncio.Future[list[Prediction]]"
 
-
-def _tokens(parts: list[_Part]) -> int:
-    return sum(len(row) for part in parts for row in part.ids)
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.ids))
 
 
 class Served:
@@ -52,9 +56,8 @@ class Served:
         self.name, self.version, self.task = predictor.bundle.name, predictor.bundle.version, predictor.task
         self._predictor, self._meter, self._worker = predictor, meter, worker
         self._budget = max(settings.batch_tokens, predictor.max_input_tokens)
-        self._batched = serve.batch(
-            max_batch_size=self._budget, batch_wait_timeout_s=settings.batch_wait_s, batch_size_fn=_tokens
-        )(self._answer_batch)
+        self._waiting: deque[_Part] = deque()
+        self._working: asyncio.Task[None] | None = None
         own = ["yes", "no"] if self.task.answer.kind == "row_choice" else None
         predictor.predict(["warm up"], [own])
 
@@ -64,33 +67,59 @@ class Served:
         """Predictions of rendered inputs, in their order."""
         ids = self._predictor.read(texts)
         parts = self._split(ids, choices, scores)
-        answered = await asyncio.gather(*map(self._batched, parts))
-        made = [prediction for part in answered for prediction in part]
+        self._waiting += parts
+        if self._working is None:
+            self._working = asyncio.get_running_loop().create_task(self._work())
+        answered = await asyncio.gather(*(part.made for part in parts))
+        made = [prediction for answer in answered for prediction in answer]
         self._meter.answers(self.name, self.version, made, self.task.answer.kind == "choice")
         return made
 
     def _split(self, ids: list[list[int]], choices: Sequence[Sequence[str] | None], scores: bool) -> list[_Part]:
         """A request as parts that a batch can hold, in its order."""
-        parts = [_Part([], [], scores, time.perf_counter())]
+        since, loop = time.perf_counter(), asyncio.get_running_loop()
+        parts = [_Part([], [], scores, since, loop.create_future())]
         room = self._budget
         for row, own in zip(ids, choices, strict=True):
             if len(row) > room and parts[-1].ids:
-                parts.append(_Part([], [], scores, parts[0].since))
+                parts.append(_Part([], [], scores, since, loop.create_future()))
                 room = self._budget
             parts[-1].ids.append(row)
             parts[-1].choices.append(own)
             room -= len(row)
         return parts
 
-    async def _answer_batch(self, parts: list[_Part]) -> list[list[Prediction]]:
-        start = time.perf_counter()
-        for part in parts:
-            self._meter.queued(self.name, self.version, 1000 * (start - part.since))
-        made = await asyncio.get_running_loop().run_in_executor(self._worker, self._predict, parts)
-        tokens, milliseconds = _tokens(parts), 1000 * (time.perf_counter() - start)
-        self._meter.batch(self.name, self.version, len(made), tokens, milliseconds)
-        ends = iter(made)
-        return [[next(ends) for _ in part.ids] for part in parts]
+    async def _work(self) -> None:
+        """Answer what waits, batch by batch, until nothing does."""
+        while batch := self._take():
+            start = time.perf_counter()
+            for part in batch:
+                self._meter.queued(self.name, self.version, 1000 * (start - part.since))
+            try:
+                made = iter(await asyncio.get_running_loop().run_in_executor(self._worker, self._predict, batch))
+            except Exception as error:  # theirs to tell; what waits does not depend on it
+                for part in batch:
+                    if not part.made.done():
+                        part.made.set_exception(error)
+                continue
+            for part in batch:
+                answer = [next(made) for _ in part.ids]
+                if not part.made.done():
+                    part.made.set_result(answer)
+            rows, tokens = sum(len(part.ids) for part in batch), sum(part.tokens for part in batch)
+            self._meter.batch(self.name, self.version, rows, tokens, 1000 * (time.perf_counter() - start))
+        self._working = None
+
+    def _take(self) -> list[_Part]:
+        """The first that wait, as many as a batch holds; not those whose request was given up."""
+        batch: list[_Part] = []
+        room = self._budget
+        while self._waiting and (not batch or self._waiting[0].tokens <= room):
+            part = self._waiting.popleft()
+            if not part.made.done():
+                batch.append(part)
+                room -= part.tokens
+        return batch
 
     def _predict(self, parts: list[_Part]) -> list[Prediction]:
         ids = [row for part in parts for row in part.ids]
@@ -211,5 +240,6 @@ def build(args: Settings) -> serve.Application:
         max_surge_percent=100,  # a new version is up before the old one goes
         max_constructor_retry_count=2,
         user_config=args.traffic.model_dump(),
+        logging_config=LoggingConfig(enable_access_log=False),  # the application writes its own
     )
     return deployment.bind(args)

@@ -20,6 +20,7 @@ from serve.keys import Keys
 from serve.settings import Settings
 
 _TIMEOUT_S = 30.0  # of a request
+_ONE_LOOP = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"  # the model has a thread of its own, so the loop is free
 _DIRECT = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer must learn first that it goes
@@ -58,8 +59,10 @@ def serve_here(settings: Settings, host: str, port: int, direct: bool = False) -
     """Serve until SIGINT or SIGTERM, then answer what is under way and stop.
 
     Raises:
-        UserError: a bundle is no bundle, a key is lacking, or the port is taken.
+        UserError: a bundle is no bundle, a key is lacking, or the port is taken; `direct` with several replicas.
     """
+    if direct and settings.replicas != (1, 1):
+        raise UserError("--direct: one replica alone can listen at the port; leave out --replicas, or --direct")
     served = [_checked(folder) for folder in settings.bundles]
     if settings.default not in (None, *(bundle.name for bundle in served)):
         raise UserError(f"--default {settings.default}: none of {', '.join(bundle.name for bundle in served)}")
@@ -80,12 +83,14 @@ def hold(host: str, port: int, direct: bool) -> Iterator[Callable[[Any], None]]:
     drains and stops everything.
 
     With `direct` the one replica itself listens at the port and nothing stands before it; otherwise Serve's proxy
-    does, which can have several replicas behind it and takes a multiple of the time for a request.
+    does, which can have several replicas behind it, holds requests while one is replaced, and takes a multiple of the
+    time for a request.
 
     Raises:
         UserError: the port is taken.
     """
     _check_free(host, port)
+    os.environ.setdefault(_ONE_LOOP, "0")
     if direct:
         os.environ.update(_DIRECT, RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT=str(port))
         os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(port + 1)  # the first that is not taken

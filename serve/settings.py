@@ -72,7 +72,6 @@ class Settings(_Frozen):
     traffic: Traffic = Traffic()
     escalate: Escalate | None = None
     batch_tokens: int = Field(default=4096, ge=1, description="tokens that go through the model at once, at most")
-    batch_wait_s: float = Field(default=0.0, ge=0, description="wait for a batch to fill; without load it only delays")
     # resources
     replicas: tuple[int, int] = Field(default=(1, 1), description="[min, max]; between them by ongoing requests")
     scaling: Scaling = Scaling()

@@ -282,9 +282,12 @@ def test_a_bundle_that_was_touched_is_not_served(url: str, make_bundle: Callable
         deploy(Settings(bundles=(folder,), keys_file=keys_file, cpus=0.5))
 
 
-def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(bundles: dict[str, str]) -> None:
+@pytest.mark.parametrize("options", [[], ["--direct"]])
+def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(
+    bundles: dict[str, str], options: list[str]
+) -> None:
     port = free_port()
-    process = distill_serve(bundles["returns@1"], "--port", str(port))
+    process = distill_serve(bundles["returns@1"], "--port", str(port), *options)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(process, url)
@@ -306,9 +309,26 @@ def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(
         process.kill()
 
 
+def test_a_killed_replica_that_listens_itself_is_replaced_at_its_port(bundles: dict[str, str]) -> None:
+    port = free_port()
+    process = distill_serve(bundles["returns@1"], "--port", str(port), "--direct")
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(process, url)
+        before = ask(url, {}, inputs=TEXTS).json()["predictions"]
+        replicas(process.pid)[0].kill()
+        time.sleep(1)
+        wait_until_ready(process, url)
+        assert ask(url, {}, inputs=TEXTS).json()["predictions"] == before
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["BUNDLE", "--direct", "--replicas", "2"], "--direct"),
         (["/absent"], "/absent"),
         (["TOUCHED"], "model.safetensors"),
         (["BUNDLE", "--host", "0.0.0.0"], "API key is required"),

@@ -41,11 +41,12 @@ class Outcome:
         return statistics.quantiles(self.accepted, n=100)[-1]
 
 
-@pytest.fixture(scope="module")
-def server(make_bundle: Callable[..., str]) -> Iterator[tuple[str, psutil.Process]]:
+@pytest.fixture(scope="module", params=[[], ["--direct"]], ids=["proxied", "direct"])
+def server(make_bundle: Callable[..., str], request: pytest.FixtureRequest) -> Iterator[tuple[str, psutil.Process]]:
     """Its address and its one replica."""
     port = free_port()
-    process = distill_serve(make_bundle("returns", "1"), "--port", str(port), output=subprocess.DEVNULL)
+    arguments = [make_bundle("returns", "1"), "--port", str(port), *request.param]
+    process = distill_serve(*arguments, output=subprocess.DEVNULL)
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}")
         (replica,) = replicas(process.pid)
