@@ -13,6 +13,7 @@ Then over HTTP, with T5 v1.1 small:
 
     plain     FastAPI and uvicorn around the same predictor, with a batcher of a few lines
     proxied   our application behind Ray Serve's proxy
+    haproxy   the same behind the HAProxy that Ray Serve starts; it listens on 0.0.0.0, whatever host is asked for
     direct    the same with one replica that listens itself (`distill serve --direct`)
     … noop    each of them without a model
 
@@ -35,7 +36,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from benchmarks.serve_http import time_servers  # noqa: E402
+from benchmarks.serve_http import KINDS, time_servers  # noqa: E402
 from benchmarks.serve_models import OPEN, closed_sides, make_bundle, open_sides, teacher_rate, time_sides  # noqa: E402
 from pipelines.predictor import can_run  # noqa: E402
 
@@ -59,7 +60,7 @@ Medians = dict[tuple[str, int], float]
 
 def compare(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.5, help="Of one turn over HTTP.")] = 4.0,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of one turn over HTTP.")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="Of the model.")] = 1,
     core_hour: Annotated[float, typer.Option(min=0, help="Price of a core for an hour.")] = 0.04,
     quick: Annotated[bool, typer.Option("--quick", help="One turn of each, without T5 base and the teacher.")] = False,
@@ -138,7 +139,7 @@ def _ratios(times: Medians) -> dict[str, float]:
 
 def _http_ratios(rates: Medians, small: Medians) -> dict[str, float]:
     ratios: dict[str, float] = {}
-    for side in ("direct", "proxied"):
+    for side in KINDS[1:]:
         suffix = "" if side == "direct" else "_proxied"
         ratios |= {f"http_c{n}{suffix}": rates[side, n] / rates["plain", n] for n in CONNECTIONS[1:]}
         ratios[f"http_noop_c64{suffix}"] = rates[f"{side} noop", 64] / rates["plain noop", 64]

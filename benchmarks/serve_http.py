@@ -24,7 +24,9 @@ import torch  # noqa: E402
 from benchmarks.serve_models import CLOSED, LABELS  # noqa: E402
 from pipelines.predictor import Prediction, Predictor  # noqa: E402
 
-KINDS = ("plain", "proxied", "direct")
+KINDS = ("plain", "proxied", "haproxy", "direct")
+# the second: user code runs in the loop that reads requests, and logs are written many lines at once
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 Rates = dict[tuple[str, int], list[float]]
 
 
@@ -110,6 +112,8 @@ def _server(kind: str, folder: str, port: int, threads: int) -> None:
     if side == "plain":
         _serve_plain(None if noop else folder, port, threads)
         return
+    if side == "haproxy":
+        os.environ.update(HAPROXY)
     from serve.run import hold, serve_here, settings_for
 
     if not noop:

@@ -11,6 +11,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipelines.errors import UserError
 
 EXCLUDES = ["/runs", "/models", ".git", ".venv", "__pycache__", ".*_cache"]  # beside what .gitignore names
 _POLL_S = 1.0
+_WAKES_S = 4.0  # Ray's job manager looks after its jobs once a second
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,10 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
     earlier = {n: info for info in client.list_jobs() if (n := _number(job.series, info.submission_id)) is not None}
     last = max(earlier, default=0)
     if last and not earlier[last].status.is_terminal():
-        say(f"job {job.series}-{last}: under way already, joined")
-        return f"{job.series}-{last}"
+        earlier[last] = _looked_after(client, f"{job.series}-{last}")
+        if not earlier[last].status.is_terminal():
+            say(f"job {job.series}-{last}: under way already, joined")
+            return f"{job.series}-{last}"
     submission_id = f"{job.series}-{last + 1}"
     variables = {"PYTHONUNBUFFERED": "1"}
     if form := os.environ.get("DISTILL_LOG_FORMAT"):
@@ -132,6 +136,20 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
         return submission_id
     say(f"job {submission_id}: submitted" + (f", after {job.series}-{last} {describe(earlier[last])}" if last else ""))
     return submission_id
+
+
+def _looked_after(client: JobSubmissionClient, submission_id: str) -> JobDetails:
+    """How a job that is not known to have ended really stands.
+
+    One that died with its head is `running` in the record that the next head has from Redis, until Ray's job manager
+    begins to look after its jobs, which it does at the first submission; one of the same id is refused after that.
+    """
+    with suppress(RuntimeError):
+        client.submit_job(entrypoint="true", submission_id=submission_id)
+    deadline = time.monotonic() + _WAKES_S
+    while not (info := find(client, submission_id)).status.is_terminal() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return info
 
 
 def find(client: JobSubmissionClient, submission_id: str) -> JobDetails:

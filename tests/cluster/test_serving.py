@@ -119,12 +119,15 @@ class Endpoint:
         command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file), "--address", self.head.dashboard]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
-    def submit(self, *overrides: str) -> None:
-        """`distill submit rationales quickstart --detach`."""
+    def submit(self, *overrides: str) -> str:
+        """`distill submit rationales quickstart --detach`; what it says."""
         command = [sys.executable, "-m", "pipelines", "submit", "rationales", "quickstart", "--detach"]
         environment = os.environ | {"RAY_API_SERVER_ADDRESS": self.head.dashboard, "NO_PROXY": "127.0.0.1"}
         options = [part for override in overrides for part in ("--set", override)]
-        subprocess.run(command + options, env=environment, check=True, capture_output=True, timeout=120)
+        made = subprocess.run(
+            command + options, env=environment, check=True, capture_output=True, timeout=120, text=True
+        )
+        return made.stdout + made.stderr
 
     def get(self, path: str) -> dict[str, Any]:
         """What the dashboard says; nothing as long as it is away."""
@@ -225,7 +228,9 @@ def test_an_endpoint_outlives_a_node_and_the_head(
     assert len(load.failures) <= CLIENTS, load.failures
 
     assert len(keys_on_disk(generations)) >= told, "what the job had written stays"
-    print(f"the job died with its head at {told} of {ASKED} texts")
+    wait_for(lambda: "-2:" in endpoint.submit(*overrides))  # the first is known to be dead, once its node is
+    waited = wait_for(lambda: len(keys_on_disk(generations)) == ASKED)
+    print(f"the job died with its head at {told} of {ASKED} texts; submitted again, it had all after {waited:.0f} s")
 
 
 def show(lost: str, load: Load, killed: float, recovered: float) -> None:
