@@ -181,7 +181,7 @@ def test_a_batch_that_fails_takes_no_other_with_it(
     async def one_after_the_other() -> list[Any]:
         first = asyncio.ensure_future(model.answer(["a"], [None], False))
         await asyncio.sleep(0.01)
-        return await asyncio.gather(first, model.answer(["b"], [None], False), return_exceptions=True)
+        return list(await asyncio.gather(first, model.answer(["b"], [None], False), return_exceptions=True))
 
     failed, answered = asyncio.run(one_after_the_other())
     assert isinstance(failed, RuntimeError)
