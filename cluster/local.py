@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -100,11 +100,13 @@ class Node:
     def __exit__(self, *_: object) -> None:
         if not self.process.is_running():
             return
-        family = self.process.children(recursive=True)
-        self.process.terminate()
-        _, left = psutil.wait_procs([self.process, *family], timeout=30)
-        for process in left:
-            process.kill()
+        left = [self.process, *self.process.children(recursive=True)]
+        self.process.terminate()  # which alone does not end all of them
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            _, left = psutil.wait_procs(left, timeout=5)
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    end(process)
         psutil.wait_procs(left)
 
 

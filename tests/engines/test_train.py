@@ -105,7 +105,7 @@ def test_under_zero_3_workers_that_write_texts_of_different_lengths_look_at_vali
 
 
 SLOW: tuple[str, ...] = (
-    "student.steps=200",
+    "student.steps=120",
     "student.eval_every=40",
     "student.checkpoint_every=5",
     "student.dropout=0.1",
@@ -173,15 +173,15 @@ def test_killed_at_any_moment_it_takes_the_very_steps_of_an_unkilled_run(
     run = start()
     run.wait_for(15)  # by then Ray knows of a checkpoint
     run.kill("RayTrainWorker")  # Ray starts all workers again
-    run.wait_for(60)
+    run.wait_for(40)
     run.process.kill()  # the driver
     run.end()
-    assert run.reached() < 200
+    assert run.reached() < 120
     run = start()
     assert run.end() == 0, run.log.read_text()
     assert run.log.read_text().count("goes on from the checkpoint of step") == 2
     unkilled = train(days(tmp_path / "unkilled"), *SLOW)
-    assert [row["step"] for row in losses(run.line)] == list(range(1, 201))
+    assert [row["step"] for row in losses(run.line)] == list(range(1, 121))
     assert losses(run.line) == losses(unkilled), "to the last digit"
     assert student(run.line).manifest()["best"] == student(unkilled).manifest()["best"]
     weights = [AutoModelForSeq2SeqLM.from_pretrained(student(li).path("model")) for li in (run.line, unkilled)]
