@@ -246,7 +246,8 @@ def _reference(model: Any, tokenizer: Any, schedule: Schedule, context: Any) -> 
 
 
 def _two_workers(rounds: int) -> float:
-    """Examples a second of two workers over those of one, on the same batches."""
+    """Examples a second of two workers over those of one, on the same batches, of the recipe's default size: what
+    workers tell each other after a step is as much for a batch of any size."""
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(rounds):
         for world, made in speeds.items():
@@ -273,15 +274,16 @@ def worker(world: int, port: str, rank: int) -> None:
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}.items():
         os.environ[name] = str(value)
     deepspeed.ops.__compatible_ops__ = {}
-    rows = _made_up_rows(3 * BATCH)
+    student = Student(workers=world, precision="fp32", zero_stage=1)
+    size = student.batch_size
+    rows = _made_up_rows(3 * size)
     tokenizer = _tokenizer(rows)
     model = _model("small", tokenizer)
-    student = Student(batch_size=BATCH, workers=world, precision="fp32", zero_stage=1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     engine, *_ = deepspeed.initialize(
         model=Objective(model, ALPHA), model_parameters=model.parameters(), config=deepspeed_config(student)
     )
-    collate, schedule = Collator(model, tokenizer, "step_by_step", 1024, 256), Schedule(rows, 0, BATCH)
+    collate, schedule = Collator(model, tokenizer, "step_by_step", 1024, 256), Schedule(rows, 0, size)
     start = 0.0
     for step in range(3):
         if step == 1:  # the first lays out memory
@@ -292,7 +294,7 @@ def worker(world: int, port: str, rank: int) -> None:
         loss, _ = engine(batch, totals)
         engine.backward(loss * world)
         engine.step()
-    print(f"RATE {2 * BATCH / (time.perf_counter() - start)}")
+    print(f"RATE {2 * size / (time.perf_counter() - start)}")
     torch.distributed.destroy_process_group()
 
 
