@@ -103,7 +103,7 @@ class Node:
         left = [self.process, *self.process.children(recursive=True)]
         self.process.terminate()  # which alone does not end all of them
         for end in (psutil.Process.terminate, psutil.Process.kill):
-            _, left = psutil.wait_procs(left, timeout=5)
+            _, left = psutil.wait_procs(left, timeout=2)
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     end(process)

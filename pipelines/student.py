@@ -285,8 +285,9 @@ class Objective(nn.Module):
             batch: the part.
             totals: the sum of `Batch.totals()` over all parts of the step; None: there is but this one.
         """
-        states = t5.encode(self.student, batch.inputs)
-        logits = t5.decode(self.student, batch.previous, batch.visible, states, batch.inputs, batch.places)
+        read, written = t5.embed(self.student, batch.inputs, batch.previous)
+        states = t5.encode(self.student, batch.inputs, read)
+        logits = t5.decode(self.student, batch.previous, batch.visible, states, batch.inputs, batch.places, written)
         sums = batch.loss_sums(logits)
         share = self._weights(batch.totals() if totals is None else totals)
         return (share * sums).sum(), sums.detach()

@@ -61,9 +61,17 @@ class Rows:
         return flat.view(parts, len(self.lengths), heads, self.real.shape[1], -1).unbind(0)
 
 
-def encode(model: Any, inputs: Rows) -> torch.Tensor:
-    """The encoder's states of the inputs' tokens, of shape (tokens, d_model)."""
-    return _stack(model.get_encoder(), inputs, inputs.real[:, None])
+def embed(model: Any, *rows: Rows) -> tuple[torch.Tensor, ...]:
+    """The embeddings of tokens, of shape (tokens, d_model), of each of `rows`. They are looked up at once, since the
+    gradient of each look-up is as large as the vocabulary."""
+    looked_up: torch.Tensor = model.get_input_embeddings()(torch.cat([some.ids for some in rows]))
+    split: tuple[torch.Tensor, ...] = looked_up.split([len(some.ids) for some in rows])
+    return split
+
+
+def encode(model: Any, inputs: Rows, embedded: torch.Tensor | None = None) -> torch.Tensor:
+    """The encoder's states of the inputs' tokens, of shape (tokens, d_model); `embedded` as `embed` makes it."""
+    return _stack(model.get_encoder(), inputs, inputs.real[:, None], embedded)
 
 
 def decode(
@@ -73,6 +81,7 @@ def decode(
     states: torch.Tensor,
     inputs: Rows,
     places: torch.Tensor | None = None,
+    embedded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The logits of the token after each of `previous`, of shape (tokens, vocabulary).
 
@@ -84,8 +93,9 @@ def decode(
         states: `encode(model, inputs)`.
         inputs: as many rows as `previous`.
         places: of shape (wanted,); if given, only the logits after these tokens are made.
+        embedded: `previous` as `embed` makes it, if that is done.
     """
-    written = _stack(model.get_decoder(), previous, visible, states, inputs)
+    written = _stack(model.get_decoder(), previous, visible, embedded, states, inputs)
     if places is not None:
         written = written.index_select(0, places)
     return logits(model, written)
@@ -121,16 +131,21 @@ def apart(rows: Rows, lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _stack(
-    stack: Any, rows: Rows, visible: torch.Tensor, states: torch.Tensor | None = None, inputs: Rows | None = None
+    stack: Any,
+    rows: Rows,
+    visible: torch.Tensor,
+    embedded: torch.Tensor | None,
+    states: torch.Tensor | None = None,
+    inputs: Rows | None = None,
 ) -> torch.Tensor:
-    hidden: torch.Tensor = stack.dropout(stack.embed_tokens(rows.ids))
+    hidden: torch.Tensor = stack.dropout(stack.embed_tokens(rows.ids) if embedded is None else embedded)
     width = rows.real.shape[1]
     real = None if inputs is None else only_real(inputs, hidden.dtype)
     for block in stack.block:
         own, *_, feed_forward = block.layer
         if own.SelfAttention.has_relative_attention_bias:  # the first layer's is for all; in umt5 each has its own
             bias = own.SelfAttention.compute_bias(width, width).masked_fill(~visible[:, None], -torch.inf)
-        asking, *seen = projections(own.SelfAttention, own.layer_norm(hidden), rows)
+        asking, *seen = projections(own.SelfAttention, _as_products_take_it(own.layer_norm(hidden)), rows)
         hidden = hidden + own.dropout(attend(own.SelfAttention, asking, seen, bias, rows))
         if states is not None and inputs is not None:
             cross = block.layer[1]
@@ -141,6 +156,12 @@ def _stack(
         hidden = feed_forward(hidden)
     finished: torch.Tensor = stack.dropout(stack.final_layer_norm(hidden))
     return finished
+
+
+def _as_products_take_it(hidden: torch.Tensor) -> torch.Tensor:
+    """Under autocast in its type, so that not each of several products converts it for itself."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
 def only_real(inputs: Rows, dtype: torch.dtype) -> torch.Tensor | None:

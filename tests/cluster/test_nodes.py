@@ -169,6 +169,7 @@ def steps(line: Lineage, student: Run) -> int:
     return max(reached)
 
 
+@pytest.mark.long
 def test_stages_keep_to_the_nodes_that_bear_their_labels(
     tmp_path: Path,
     project: Path,
