@@ -80,7 +80,8 @@ def told(line: Lineage) -> list[tuple[Any, ...]]:
     return sorted(tuple(row.values()) for table in tables for row in table.to_pylist())
 
 
-@pytest.mark.parametrize("replaced", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("replaced", [False, True])
 def test_a_node_with_an_engine_dies(
     replaced: bool, tmp_path: Path, add_node: Callable[[], Node], run: Callable[..., Running]
 ) -> None:
