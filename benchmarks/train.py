@@ -47,7 +47,7 @@ ROWS = 64  # of a turn; every side learns all of them
 ALPHA, LEARNING_RATE = 0.5, 5e-5
 REFERENCE = Path(os.environ.get("STEPDISTILL_REFERENCE", "../shared/data/reference"))
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Side = Callable[[], None]
+Side = Callable[[int], None]  # learns so many batches
 
 
 @app.callback(invoke_without_command=True)
@@ -73,11 +73,12 @@ def compare(
             sides = _sides(_model(shape, tokenizer), tokenizer, rows[:learnt])
             console.print(f"{name}: {_lengths(tokenizer, rows)}; {shape} shape")
             for learn in sides.values():
-                learn()  # memory is laid out, kernels are chosen
+                learn(learnt // BATCH)  # memory is laid out, kernels are chosen
             for _ in range(1 if quick else rounds):
                 for side, learn in sides.items():
+                    learn(1)  # what the system took out of memory meanwhile comes back
                     start = time.perf_counter()
-                    learn()
+                    learn(learnt // BATCH)
                     speed = learnt / (time.perf_counter() - start)
                     speeds.setdefault(f"{shape} {name} {side}", []).append(speed)
                     console.print(f"  {side}: {speed:.1f} examples/s", highlight=False)
@@ -205,8 +206,8 @@ def _ours(model: Any, collate: Collator, schedule: Schedule, context: Any) -> Si
     objective = Objective(model, ALPHA)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
-    def turn() -> None:
-        for step in range(len(schedule.rows) // BATCH):
+    def turn(steps: int) -> None:
+        for step in range(steps):
             with context:
                 loss, _ = objective(collate(schedule.step(step)))
             loss.backward()
@@ -227,8 +228,8 @@ def _reference(model: Any, tokenizer: Any, schedule: Schedule, context: Any) -> 
         labels = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
 
-    def turn() -> None:
-        for step in range(len(schedule.rows) // BATCH):
+    def turn(steps: int) -> None:
+        for step in range(steps):
             rows = schedule.step(step)
             with context:
                 label = task(LABEL_PREFIX, rows, [row.label for row in rows])
