@@ -140,7 +140,7 @@ def _ratios(times: Medians) -> dict[str, float]:
 def _http_ratios(rates: Medians, small: Medians) -> dict[str, float]:
     ratios: dict[str, float] = {}
     for side in KINDS[1:]:
-        suffix = "" if side == "direct" else "_proxied"
+        suffix = "" if side == "direct" else f"_{side}"
         ratios |= {f"http_c{n}{suffix}": rates[side, n] / rates["plain", n] for n in CONNECTIONS[1:]}
         ratios[f"http_noop_c64{suffix}"] = rates[f"{side} noop", 64] / rates["plain noop", 64]
     ratios["http_c64_of_predictor"] = rates["direct", 64] / (32_000 / small["ours", 32])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipelines.onednn import TANH_GELU, fill_up
+from pipelines.onednn import fill_up, fuse_gelu
 
 
 class PackedLinear(nn.Module):
@@ -68,9 +68,8 @@ def fuse(model: Any) -> None:
             feed_forward.layer_norm = _fold(
                 feed_forward.layer_norm, *((dense.wi_0, dense.wi_1) if gated else (dense.wi,))
             )
-            if type(dense.act).__name__ == TANH_GELU:
-                dense.act = nn.GELU(approximate="tanh")
         stack.final_layer_norm = _Norm(stack.final_layer_norm)
+    fuse_gelu(model)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch.nn import functional
 from pipelines import t5
 from pipelines.draw import Rationale, TrainRow
 from pipelines.errors import UserError
-from pipelines.onednn import use_onednn
+from pipelines.onednn import fuse_gelu, use_onednn
 from pipelines.recipe import ONE_TARGET, Arm
 
 if TYPE_CHECKING:
@@ -271,6 +271,7 @@ class Objective(nn.Module):
 
     def __init__(self, student: "PreTrainedModel", alpha: float) -> None:
         super().__init__()
+        fuse_gelu(student)
         use_onednn(student)
         self.student, self.alpha = student, alpha
 

@@ -145,7 +145,7 @@ def _stack(
         own, *_, feed_forward = block.layer
         if own.SelfAttention.has_relative_attention_bias:  # the first layer's is for all; in umt5 each has its own
             bias = own.SelfAttention.compute_bias(width, width).masked_fill(~visible[:, None], -torch.inf)
-        asking, *seen = projections(own.SelfAttention, _as_products_take_it(own.layer_norm(hidden)), rows)
+        asking, *seen = projections(own.SelfAttention, _cast_for_autocast(own.layer_norm(hidden)), rows)
         hidden = hidden + own.dropout(attend(own.SelfAttention, asking, seen, bias, rows))
         if states is not None and inputs is not None:
             cross = block.layer[1]
@@ -158,8 +158,8 @@ def _stack(
     return finished
 
 
-def _as_products_take_it(hidden: torch.Tensor) -> torch.Tensor:
-    """Under autocast in its type, so that not each of several products converts it for itself."""
+def _cast_for_autocast(hidden: torch.Tensor) -> torch.Tensor:
+    """In autocast's dtype, where that is on, so that not each of several products casts it for itself."""
     device = hidden.device.type
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 

@@ -9,7 +9,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ import pytest
 
 from pipelines.predictor import Predictor
 from pipelines.ray_session import ray_session
-from serve.app import Served
-from serve.meter import Meter
 from serve.settings import Limits, Settings, Traffic
 from tests.serve.server import distill_serve, free_port, replicas, wait_until_ready
 
@@ -117,75 +114,6 @@ async def together(url: str, calls: list[Callable[..., Awaitable[Any]]]) -> list
     limits = httpx.Limits(max_connections=200)
     async with httpx.AsyncClient(base_url=url, headers=HEADERS, timeout=60, limits=limits) as client:
         return await asyncio.gather(*(call(client) for call in calls))
-
-
-class Noted(Meter):
-    """Which batches went through the model, by rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def batch(self, model: str, version: str, rows: int, tokens: int, milliseconds: float) -> None:
-        self.sizes.append(rows)
-
-
-@pytest.fixture
-def served(bundles: dict[str, str]) -> tuple[Served, Noted]:
-    """A bundle as a replica has it, without a replica."""
-    meter = Noted()
-    settings = Settings(bundles=(bundles["returns@1"],), batch_tokens=256)
-    return Served(bundles["returns@1"], settings, meter, ThreadPoolExecutor(1)), meter
-
-
-def test_what_waits_goes_through_the_model_together_as_far_as_a_batch_holds_it(served: tuple[Served, Noted]) -> None:
-    model, meter = served
-
-    async def ask_together(text: str) -> None:
-        await asyncio.gather(*(model.answer([text], [None], False) for _ in range(20)))
-
-    asyncio.run(ask_together("a"))
-    assert meter.sizes == [20]
-    asyncio.run(ask_together("a message of many words " * 8))
-    assert sum(meter.sizes) == 40
-    assert len(meter.sizes) > 3
-
-
-def test_requests_that_were_given_up_are_not_answered(served: tuple[Served, Noted]) -> None:
-    model, meter = served
-
-    async def give_up_some() -> list[Any]:
-        asked = [asyncio.ensure_future(model.answer([f"message {n}"], [None], False)) for n in range(6)]
-        await asyncio.sleep(0)  # all wait now
-        for request in asked[1:4]:
-            request.cancel()
-        return await asyncio.gather(*asked, return_exceptions=True)
-
-    made = asyncio.run(give_up_some())
-    assert [isinstance(answer, asyncio.CancelledError) for answer in made] == [False, True, True, True, False, False]
-    assert sum(meter.sizes) == 3
-
-
-def test_a_batch_that_fails_takes_no_other_with_it(
-    served: tuple[Served, Noted], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = served
-    predict = model._predictor.predict_ids
-
-    def fail_once(*given: Any, **more: Any) -> Any:
-        monkeypatch.setattr(model._predictor, "predict_ids", predict)
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(model._predictor, "predict_ids", fail_once)
-
-    async def one_after_the_other() -> list[Any]:
-        first = asyncio.ensure_future(model.answer(["a"], [None], False))
-        await asyncio.sleep(0.01)
-        return list(await asyncio.gather(first, model.answer(["b"], [None], False), return_exceptions=True))
-
-    failed, answered = asyncio.run(one_after_the_other())
-    assert isinstance(failed, RuntimeError)
-    assert answered[0].label
 
 
 def test_any_of_the_keys_opens_and_nothing_else(app: str) -> None:
