@@ -12,9 +12,9 @@ Weights are random: times mean something, answers don't. All sides get the same 
 Then over HTTP, with T5 v1.1 small:
 
     plain     FastAPI and uvicorn around the same predictor, with a batcher of a few lines
-    proxied   our application behind Ray Serve's proxy
+    direct    our application, its one replica listening itself (`distill serve`)
+    proxied   the same behind Ray Serve's proxy (`distill serve --proxy`)
     haproxy   the same behind the HAProxy that Ray Serve starts; it listens on 0.0.0.0, whatever host is asked for
-    direct    the same with one replica that listens itself (`distill serve --direct`)
     … noop    each of them without a model
 
 ONNX Runtime is not among them: its exporter needs an environment of its own.

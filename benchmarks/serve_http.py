@@ -22,12 +22,28 @@ import aiohttp  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.serve_models import CLOSED, LABELS  # noqa: E402
+from pipelines.bundle import Bundle  # noqa: E402
 from pipelines.predictor import Prediction, Predictor  # noqa: E402
 
-KINDS = ("plain", "proxied", "haproxy", "direct")
+KINDS = ("plain", "direct", "proxied", "haproxy")
 # the second: user code runs in the loop that reads requests, and logs are written many lines at once
 HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 Rates = dict[tuple[str, int], list[float]]
+
+
+class Instant:
+    """A predictor that says the same of everything, at once."""
+
+    task, max_input_tokens = CLOSED, 256
+
+    def predict(self, inputs: Sequence[str]) -> list[Prediction]:
+        return [Prediction(LABELS[0], 1.0, LABELS[0])] * len(inputs)
+
+    def read(self, inputs: Sequence[str]) -> list[list[int]]:
+        return [[0]] * len(inputs)
+
+    def predict_ids(self, ids: list[list[int]], *_: object, **__: object) -> list[Prediction]:
+        return [Prediction(LABELS[0], 1.0, LABELS[0])] * len(ids)
 
 
 def time_servers(
@@ -117,33 +133,32 @@ def _server(kind: str, folder: str, port: int, threads: int) -> None:
     from serve.run import hold, serve_here, settings_for
 
     if not noop:
-        serve_here(settings_for([folder], "127.0.0.1", cpus=threads), "127.0.0.1", port, direct=side == "direct")
+        settings = settings_for([folder], "127.0.0.1", cpus=threads, access_log=False)
+        serve_here(settings, "127.0.0.1", port, proxy=side != "direct")
         return
     with hold("127.0.0.1", port, direct=side == "direct") as run:
         run(_noop_application())
 
 
 def _noop_application() -> Any:
-    """Our application, but that nothing is asked of a model."""
+    """Our application around a model that answers at once."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
     from serve.api import Student, make_api
     from serve.meter import Meter
+    from serve.served import Served
     from serve.settings import Limits
-
-    class Nobody:
-        name, version, task = "bench", "1", CLOSED
-
-        async def answer(self, texts: Sequence[str], choices: object, scores: bool) -> list[Prediction]:
-            return [Prediction(LABELS[0], 1.0, LABELS[0])] * len(texts)
 
     class Noop:
         def __serve_build_asgi_app__(self) -> Any:
-            return make_api(self, Limits(), None, Meter())
+            meter = Meter()
+            instant: Any = Instant()
+            self.served = Served(instant, Bundle("bench", "1"), 4096, meter, ThreadPoolExecutor(1))
+            return make_api(self, Limits(), None, meter, access_log=False)
 
         def pick(self, model: str | None) -> Student:
-            return Nobody()
+            return self.served
 
         async def escalate(self, *_: object) -> dict[int, str]:
             return {}
@@ -152,7 +167,7 @@ def _noop_application() -> Any:
             pass
 
         def listed(self) -> list[tuple[Student, float]]:
-            return [(Nobody(), 1.0)]
+            return [(self.served, 1.0)]
 
     quiet = LoggingConfig(enable_access_log=False)
     application = serve.ingress()(Noop)
@@ -169,12 +184,12 @@ def _serve_plain(folder: str | None, port: int, threads: int) -> None:
         inputs: list[str]
 
     torch.set_num_threads(threads)
-    predictor = Predictor.open(folder) if folder else None
+    predictor = Predictor.open(folder) if folder else Instant()
     api, worker = FastAPI(), ThreadPoolExecutor(1)
     waiting: asyncio.Queue[tuple[list[str], asyncio.Future[list[Prediction]]]] = asyncio.Queue()
     running: list[asyncio.Task[None]] = []
 
-    async def batches(predictor: Predictor) -> None:
+    async def batches() -> None:
         while True:
             taken = [await waiting.get()]
             while not waiting.empty() and len(taken) < 32:
@@ -186,14 +201,11 @@ def _serve_plain(folder: str | None, port: int, threads: int) -> None:
 
     @api.post("/v1/predict")
     async def predict(body: Body) -> dict[str, Any]:
-        if predictor is None:
-            made = [Prediction(LABELS[0], 1.0, LABELS[0])] * len(body.inputs)
-        else:
-            if not running:
-                running.append(asyncio.create_task(batches(predictor)))
-            future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
-            waiting.put_nowait((body.inputs, future))
-            made = await future
+        if not running:
+            running.append(asyncio.create_task(batches()))
+        future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
+        waiting.put_nowait((body.inputs, future))
+        made = await future
         return {"predictions": [{"label": p.label, "confidence": p.confidence} for p in made]}
 
     @api.get("/healthz")

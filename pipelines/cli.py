@@ -296,20 +296,23 @@ def serve(
     ] = False,
     replicas: Annotated[int, typer.Option(min=1)] = 1,
     cpus: Annotated[float, typer.Option(min=0.1, help="Of one replica.")] = 1.0,
-    direct: Annotated[
+    proxy: Annotated[
         bool,
         typer.Option(
-            "--direct",
-            help="The one replica listens itself: several times as many requests a second of a small student; while "
-            "it is replaced after a crash, nothing does.",
+            "--proxy",
+            help="Put Ray Serve's proxy before one replica too, as before several: it holds requests while a replica "
+            "that crashed is replaced, and takes a multiple of the time for each.",
         ),
     ] = False,
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="A line of JSON for each request, without its inputs.")
+    ] = True,
 ) -> None:
     """Answer over HTTP on this machine: labels, confidences, a page to try it. For a cluster see serve/config.yaml."""
     from serve.run import serve_here, settings_for
 
-    settings = settings_for(bundles, host, no_key, default, keys_file, replicas, cpus)
-    serve_here(settings, host, port, direct)
+    settings = settings_for(bundles, host, no_key, default, keys_file, replicas, cpus, access_log)
+    serve_here(settings, host, port, proxy)
 
 
 @app.command()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from pipelines import t5
 from pipelines.draw import Rationale, TrainRow
@@ -58,7 +57,7 @@ class Batch:
 
     def loss_sums(self, logits: torch.Tensor) -> torch.Tensor:
         """The weighted sum of each task's token losses, of shape (2,)."""
-        return self._by_task(functional.cross_entropy(logits.float(), self.targets, reduction="none") * self.weights)
+        return self._by_task(-t5.log_probabilities(logits, self.targets) * self.weights)
 
     def _by_task(self, values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(2).index_add(0, self.tasks, values)

@@ -110,10 +110,35 @@ def logits(model: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of one token of the vocabulary a row, of shape (rows,)."""
-    part = _AT_ONCE if logits.device.type == "cpu" else len(logits)  # a few rows stay in a processor's cache
-    pairs = zip(logits.split(part), tokens.split(part), strict=True)
-    return torch.cat([some.float().log_softmax(dim=1).gather(1, of[:, None]) for some, of in pairs]).squeeze(1)
+    """Of one token of the vocabulary a row, of shape (rows,), in fp32."""
+    made: torch.Tensor = _LogProbabilities.apply(logits, tokens)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """A few rows at a time: they stay in a processor's cache, and nothing in fp32 is as large as the logits. Going
+    back, probabilities are made again rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        totals = torch.cat([rows.float().logsumexp(dim=1) for rows in _parts(logits)])
+        ctx.save_for_backward(logits, tokens, totals)
+        return logits.gather(1, tokens[:, None]).squeeze(1).float() - totals
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, tokens, totals = ctx.saved_tensors
+        made = torch.empty_like(logits)
+        columns = (values[:, None] for values in (tokens, totals, *grads))
+        for rows, to, token, total, grad in zip(*map(_parts, (logits, made, *columns)), strict=True):
+            probabilities = (rows.float() - total).exp_()
+            probabilities.mul_(-grad).scatter_add_(1, token, grad)
+            to.copy_(probabilities)
+        return made, None
+
+
+def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return rows.split(_AT_ONCE if rows.device.type == "cpu" else max(1, len(rows)))
 
 
 def causal(width: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -112,10 +112,10 @@ class Students(Protocol):
         ...
 
 
-def make_api(students: Students, limits: Limits, keys: Keys | None, meter: Meter) -> FastAPI:
+def make_api(students: Students, limits: Limits, keys: Keys | None, meter: Meter, access_log: bool = True) -> FastAPI:
     """The application. With `keys` None, none is asked for."""
     api = FastAPI(title="stepdistill", description="Labels from distilled students.", redoc_url=None)
-    api.add_middleware(_Gate, limits=limits, keys=keys, meter=meter)
+    api.add_middleware(_Gate, limits=limits, keys=keys, meter=meter, log=_access_log() if access_log else None)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(StarletteHTTPException, _refused)
     page = PLAYGROUND.read_text(encoding="utf-8")
@@ -274,9 +274,10 @@ def _error(scope: Scope, status: int, sentence: str, headers: Any = None) -> JSO
 class _Gate:
     """Keys, the size of bodies, what happens to a bug; one line of log and one count for each request."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, keys: Keys | None, meter: Meter) -> None:
-        self.app, self.limits, self.keys, self.meter = app, limits, keys, meter
-        self.log = _access_log()
+    def __init__(
+        self, app: ASGIApp, limits: Limits, keys: Keys | None, meter: Meter, log: logging.Logger | None
+    ) -> None:
+        self.app, self.limits, self.keys, self.meter, self.log = app, limits, keys, meter, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -315,16 +316,17 @@ class _Gate:
             self.meter.request(path, status)
             if 400 <= status < 500:
                 self.meter.rejected(str(status))
-            line = {
-                "time": round(time.time(), 3),
-                **facts,
-                "method": scope["method"],
-                "path": path,
-                "status": status,
-                "bytes": size,
-                "milliseconds": round(1000 * (time.perf_counter() - start), 2),
-            }
-            self.log.info(json.dumps(line))
+            if self.log is not None:
+                line = {
+                    "time": round(time.time(), 3),
+                    **facts,
+                    "method": scope["method"],
+                    "path": path,
+                    "status": status,
+                    "bytes": size,
+                    "milliseconds": round(1000 * (time.perf_counter() - start), 2),
+                }
+                self.log.info(json.dumps(line))
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes], facts: dict[str, Any]) -> Response | None:
         """What is answered before a body is read, or None."""

@@ -42,7 +42,7 @@ class App:
         worker = ThreadPoolExecutor(1, "model")  # one: more would share the same cores
         self._models: dict[str, dict[str, Served]] = {}
         for folder in settings.bundles:
-            served = Served(folder, settings, self._meter, worker)
+            served = Served.open(folder, settings, self._meter, worker)
             if served.version in self._models.setdefault(served.name, {}):
                 raise UserError(f"{folder}: {served.name}@{served.version} is given twice")
             self._models[served.name][served.version] = served
@@ -51,7 +51,7 @@ class App:
             raise UserError(f"default {self._default!r} is none of {', '.join(self._models)}")
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # what serve.ingress() asks for
-        return make_api(self, self._settings.limits, self._keys, self._meter)
+        return make_api(self, self._settings.limits, self._keys, self._meter, self._settings.access_log)
 
     def reconfigure(self, traffic: dict[str, Any]) -> None:
         """Another split of traffic, without a restart."""

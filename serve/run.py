@@ -36,6 +36,7 @@ def settings_for(
     keys_file: str | None = None,
     replicas: int = 1,
     cpus: float = 1.0,
+    access_log: bool = True,
 ) -> Settings:
     """Settings of one machine: a key is asked for wherever others can reach the port, and where there are keys.
 
@@ -50,24 +51,24 @@ def settings_for(
             keys_file=keys_file,
             replicas=(replicas, replicas),
             cpus=cpus,
+            access_log=access_log,
         )
     except ValidationError as error:
         raise UserError(explain_invalid("serve", Settings, error)) from error
 
 
-def serve_here(settings: Settings, host: str, port: int, direct: bool = False) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what is under way and stop.
+def serve_here(settings: Settings, host: str, port: int, proxy: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM, then answer what is under way and stop. One replica listens itself, unless a
+    `proxy` is wanted; several have one before them.
 
     Raises:
-        UserError: a bundle is no bundle, a key is lacking, or the port is taken; `direct` with several replicas.
+        UserError: a bundle is no bundle, a key is lacking, or the port is taken.
     """
-    if direct and settings.replicas != (1, 1):
-        raise UserError("--direct: one replica alone can listen at the port; leave out --replicas, or --direct")
     served = [_checked(folder) for folder in settings.bundles]
     if settings.default not in (None, *(bundle.name for bundle in served)):
         raise UserError(f"--default {settings.default}: none of {', '.join(bundle.name for bundle in served)}")
     Keys.wanted(settings.keys_file, settings.require_key)
-    with hold(host, port, direct) as run:
+    with hold(host, port, direct=not proxy and settings.replicas == (1, 1)) as run:
         from serve.app import build  # it imports Ray, and the session sets what that reads
 
         run(build(settings))
@@ -83,8 +84,8 @@ def hold(host: str, port: int, direct: bool) -> Iterator[Callable[[Any], None]]:
     drains and stops everything.
 
     With `direct` the one replica itself listens at the port and nothing stands before it; otherwise Serve's proxy
-    does, which can have several replicas behind it, holds requests while one is replaced, and takes a multiple of the
-    time for a request.
+    does, which can have several replicas behind it, and holds requests while one is replaced. It takes a multiple of
+    the time for a request, and under more load than it can take lets some wait for very long.
 
     Raises:
         UserError: the port is taken.

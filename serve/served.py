@@ -10,8 +10,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from pipelines.bundle import Bundle
 from pipelines.errors import UserError
 from pipelines.predictor import Prediction, Predictor
 from serve.meter import Meter
@@ -33,19 +34,30 @@ class _Part(NamedTuple):
 
 
 class Served:
-    """One bundle, with its queue."""
+    """One bundle, with its queue; `predictor` has been opened from it."""
 
-    def __init__(self, folder: str, settings: Settings, meter: Meter, worker: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, predictor: Predictor, bundle: Bundle, batch_tokens: int, meter: Meter, worker: ThreadPoolExecutor
+    ) -> None:
+        self.name, self.version, self.task = bundle.name, bundle.version, predictor.task
+        self._predictor, self._meter, self._worker = predictor, meter, worker
+        self._budget = max(batch_tokens, predictor.max_input_tokens)
+        self._waiting: deque[_Part] = deque()
+        self._working: asyncio.Task[None] | None = None
+
+    @classmethod
+    def open(cls, folder: str, settings: Settings, meter: Meter, worker: ThreadPoolExecutor) -> Self:
+        """Load a bundle, and have it answer once, so that the first request does not wait for that.
+
+        Raises:
+            UserError: it is none, or a file of it is not what was exported.
+        """
         predictor = Predictor.open(folder, "cuda" if settings.gpus else "cpu")
         if predictor.bundle is None:
             raise UserError(f"{folder}: a student without a version; make a bundle of it with `distill export`")
-        self.name, self.version, self.task = predictor.bundle.name, predictor.bundle.version, predictor.task
-        self._predictor, self._meter, self._worker = predictor, meter, worker
-        self._budget = max(settings.batch_tokens, predictor.max_input_tokens)
-        self._waiting: deque[_Part] = deque()
-        self._working: asyncio.Task[None] | None = None
-        own = ["yes", "no"] if self.task.answer.kind == "row_choice" else None
+        own = ["yes", "no"] if predictor.task.answer.kind == "row_choice" else None
         predictor.predict(["warm up"], [own])
+        return cls(predictor, predictor.bundle, settings.batch_tokens, meter, worker)
 
     async def answer(
         self, texts: Sequence[str], choices: Sequence[Sequence[str] | None], scores: bool

@@ -69,6 +69,7 @@ class Settings(_Frozen):
     require_key: bool = Field(default=True, description="whether /v1/ asks for an API key")
     keys_file: str | None = Field(default=None, description="hashes of API keys, see serve/keys.py")
     limits: Limits = Limits()
+    access_log: bool = Field(default=True, description="one JSON object a request on stdout, without its inputs")
     traffic: Traffic = Traffic()
     escalate: Escalate | None = None
     batch_tokens: int = Field(default=4096, ge=1, description="tokens that go through the model at once, at most")

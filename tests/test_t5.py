@@ -107,3 +107,23 @@ def test_heads_are_split_alike_with_and_without_gradients(rows: list[list[int]])
         assert part.shape == (len(rows), 3, max(map(len, rows)), 4)
         for row, length in enumerate(made.lengths):
             assert torch.equal(part[row, :, :length], other[row, :, :length])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_and_their_gradient_are_those_of_a_softmax_over_all_rows(
+    rows: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    logits, weights = 20 * torch.randn(rows, 50).to(dtype), torch.randn(rows)
+    tokens = torch.randint(50, (rows,))
+    ours, plain = (logits.clone().requires_grad_() for _ in range(2))
+    made = t5.log_probabilities(ours, tokens)
+    expected = plain.float().log_softmax(dim=1).gather(1, tokens[:, None]).squeeze(1)
+    assert torch.allclose(made, expected, rtol=1e-6, atol=1e-5)
+    (made * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert ours.grad is not None
+    assert plain.grad is not None
+    assert ours.grad.dtype == dtype
+    assert torch.allclose(ours.grad, plain.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)

@@ -282,7 +282,7 @@ def test_a_bundle_that_was_touched_is_not_served(url: str, make_bundle: Callable
         deploy(Settings(bundles=(folder,), keys_file=keys_file, cpus=0.5))
 
 
-@pytest.mark.parametrize("options", [[], ["--direct"]])
+@pytest.mark.parametrize("options", [[], ["--proxy"]])
 def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(
     bundles: dict[str, str], options: list[str]
 ) -> None:
@@ -309,9 +309,9 @@ def test_distill_serve_answers_and_finishes_what_is_under_way_when_told_to_stop(
         process.kill()
 
 
-def test_a_killed_replica_that_listens_itself_is_replaced_at_its_port(bundles: dict[str, str]) -> None:
+def test_a_killed_replica_is_replaced_at_its_port(bundles: dict[str, str]) -> None:
     port = free_port()
-    process = distill_serve(bundles["returns@1"], "--port", str(port), "--direct")
+    process = distill_serve(bundles["returns@1"], "--port", str(port))
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(process, url)
@@ -328,7 +328,6 @@ def test_a_killed_replica_that_listens_itself_is_replaced_at_its_port(bundles: d
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["BUNDLE", "--direct", "--replicas", "2"], "--direct"),
         (["/absent"], "/absent"),
         (["TOUCHED"], "model.safetensors"),
         (["BUNDLE", "--host", "0.0.0.0"], "API key is required"),

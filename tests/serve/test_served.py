@@ -34,7 +34,7 @@ def bundle(make_bundle: Callable[..., str]) -> str:
 def served(bundle: str) -> tuple[Served, Noted]:
     meter = Noted()
     settings = Settings(bundles=(bundle,), batch_tokens=256)
-    return Served(bundle, settings, meter, ThreadPoolExecutor(1)), meter
+    return Served.open(bundle, settings, meter, ThreadPoolExecutor(1)), meter
 
 
 def test_what_waits_goes_through_the_model_together_as_far_as_a_batch_holds_it(served: tuple[Served, Noted]) -> None:

@@ -41,7 +41,7 @@ class Outcome:
         return statistics.quantiles(self.accepted, n=100)[-1]
 
 
-@pytest.fixture(scope="module", params=[[], ["--direct"]], ids=["proxied", "direct"])
+@pytest.fixture(scope="module", params=[[], ["--proxy"]], ids=["direct", "proxied"])
 def server(make_bundle: Callable[..., str], request: pytest.FixtureRequest) -> Iterator[tuple[str, psutil.Process]]:
     """Its address and its one replica."""
     port = free_port()
