@@ -138,7 +138,8 @@ class _LogProbabilities(torch.autograd.Function):
 
 
 def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return rows.split(_AT_ONCE if rows.device.type == "cpu" else max(1, len(rows)))
+    parts: tuple[torch.Tensor, ...] = rows.split(_AT_ONCE if rows.device.type == "cpu" else max(1, len(rows)))
+    return parts
 
 
 def causal(width: int, device: torch.device | str = "cpu") -> torch.Tensor:
