@@ -59,8 +59,8 @@ def main(
 def _serve(folder: Path, head: Node, load_s: float) -> list[Seen]:
     """Deploy, ask until all replicas are there and then some, stop, wait until one is left; then take it down."""
     port = free_port()
-    scaling = {"look_back_s": 12, "up_s": 4, "down_s": 20}
-    args = {"bundles": [_bundle(folder)], "require_key": False, "replicas": [1, 3], "ongoing": 8, "scaling": scaling}
+    scaling = {"ongoing": 4, "look_back_s": 12, "up_s": 4, "down_s": 20}
+    args = {"bundles": [_bundle(folder)], "require_key": False, "replicas": [1, 3], "scaling": scaling}
     application = {"name": "students", "route_prefix": "/", "import_path": "serve.app:build", "args": args}
     http = {"host": "127.0.0.1", "port": port}
     config = folder / "serve.yaml"

@@ -171,7 +171,7 @@ def _noop_application() -> Any:
 
     quiet = LoggingConfig(enable_access_log=False)
     application = serve.ingress()(Noop)
-    return serve.deployment(application, max_ongoing_requests=128, max_queued_requests=256, logging_config=quiet).bind()
+    return serve.deployment(application, max_ongoing_requests=256, logging_config=quiet).bind()
 
 
 def _serve_plain(folder: str | None, port: int, threads: int) -> None:

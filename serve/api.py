@@ -29,6 +29,9 @@ from serve.settings import Limits
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
 _GUARDED = "/v1/"
+_COUNTED = "/v1/predict"
+_FULL = 503
+RETRY_AFTER_S = 1
 _LONGEST_ID = 128
 _FACTS = "distill"  # what a handler tells the access log, within the request's scope
 _EXAMPLES = 5
@@ -272,12 +275,13 @@ def _error(scope: Scope, status: int, sentence: str, headers: Any = None) -> JSO
 
 
 class _Gate:
-    """Keys, the size of bodies, what happens to a bug; one line of log and one count for each request."""
+    """Keys, how many requests and how large, what happens to a bug; one line of log and one count for each request."""
 
     def __init__(
         self, app: ASGIApp, limits: Limits, keys: Keys | None, meter: Meter, log: logging.Logger | None
     ) -> None:
         self.app, self.limits, self.keys, self.meter, self.log = app, limits, keys, meter, log
+        self.held = 0  # requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -303,6 +307,8 @@ class _Gate:
                 status = message["status"]
             await send(message)
 
+        counted_in = scope["path"] == _COUNTED
+        self.held += counted_in
         try:
             refused = self._refuse(scope, headers, facts)
             await (refused or self.app)(scope, counted, noted)
@@ -312,9 +318,10 @@ class _Gate:
                 failed = {"error": "it failed, and that is a fault of the server", "request_id": request_id}
                 await JSONResponse(failed, 500)(scope, receive, noted)
         finally:
+            self.held -= counted_in
             path = self._path(scope)
             self.meter.request(path, status)
-            if 400 <= status < 500:
+            if 400 <= status < 500 or status == _FULL:
                 self.meter.rejected(str(status))
             if self.log is not None:
                 line = {
@@ -338,6 +345,9 @@ class _Gate:
                 sentence = "a valid API key is wanted: Authorization: Bearer KEY"
                 return _error(scope, 401, sentence, {"WWW-Authenticate": "Bearer"})
             facts["key"] = known
+        if scope["path"] == _COUNTED and self.held > self.limits.requests:
+            sentence = f"{self.limits.requests:,} requests are under way, and no more wait; try again"
+            return _error(scope, _FULL, sentence, {"Retry-After": str(RETRY_AFTER_S)})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.limits.body_bytes:
             error = self._too_large()

@@ -2,7 +2,8 @@
 `distill serve BUNDLE…` on one machine.
 
 One deployment holds the HTTP side and all bundles, so that a request makes one hop, from the proxy to a replica.
-Requests wait at the proxy, at most so many, then within a replica (`served.py`).
+Requests wait within a replica (`served.py`), in their order, and those beyond its limit are refused there: Serve's own
+queue, at its proxies, asks a full replica again after growing pauses, which leaves it idle and some to wait for long.
 """
 
 import asyncio
@@ -18,14 +19,12 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.errors import UserError
 from pipelines.predictor import Prediction
-from serve.api import Student, make_api
+from serve.api import RETRY_AFTER_S, Student, make_api
 from serve.escalate import Teacher
 from serve.keys import Keys
 from serve.meter import Meter
 from serve.served import Served
 from serve.settings import Settings, Traffic
-
-_RETRY_AFTER_S = 1
 
 
 class App:
@@ -81,7 +80,7 @@ class App:
         self, student: Student, texts: list[str], choices: list[list[str] | None], made: list[Prediction]
     ) -> None:
         version = self._traffic.shadow.get(student.name)
-        room = len(self._shadows) < self._settings.ongoing  # a slow shadow misses some rather than fall behind
+        room = len(self._shadows) < self._settings.limits.requests  # a slow shadow misses some rather than fall behind
         if version is not None and version != student.version and room:
             beside = self._models[student.name][version]
             task = asyncio.get_running_loop().create_task(self._compare(beside, texts, choices, made))
@@ -118,7 +117,7 @@ def build(args: Settings) -> serve.Application:
     scaling = AutoscalingConfig(
         min_replicas=low,
         max_replicas=high,
-        target_ongoing_requests=args.ongoing / 2,
+        target_ongoing_requests=args.scaling.ongoing,
         look_back_period_s=args.scaling.look_back_s,
         upscale_delay_s=args.scaling.up_s,
         downscale_delay_s=args.scaling.down_s,
@@ -133,9 +132,9 @@ def build(args: Settings) -> serve.Application:
             "num_gpus": args.gpus,
             "label_selector": args.node_labels or None,
         },
-        max_ongoing_requests=args.ongoing,
-        max_queued_requests=args.queued,
-        backpressure_config=BackpressureConfig(retry_after_s=_RETRY_AFTER_S),
+        max_ongoing_requests=2 * args.limits.requests,  # room to refuse some
+        max_queued_requests=args.limits.requests,
+        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,  # a new version is up before the old one goes

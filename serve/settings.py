@@ -12,8 +12,11 @@ class _Frozen(BaseModel):
 
 
 class Limits(_Frozen):
-    """What one request may bring."""
+    """What one request may bring, and how many a replica takes."""
 
+    requests: int = Field(
+        default=128, ge=1, description="that one replica holds, the waiting ones too; more get 503 with Retry-After"
+    )
     body_bytes: int = Field(default=2**20, ge=1)
     inputs: int = Field(default=256, ge=1)
     characters: int = Field(default=20_000, ge=1, description="of one input")
@@ -55,6 +58,7 @@ class Scaling(_Frozen):
     look_back_s: float = Field(
         default=30, gt=0, description="over which requests are averaged; replicas tell of them every 10 s"
     )
+    ongoing: float = Field(default=64, gt=0, description="requests that each replica should hold, on average")
     up_s: float = Field(default=30, ge=0, description="of more load, before a replica is added")
     down_s: float = Field(default=600, ge=0, description="of less load, before one is taken away")
 
@@ -81,8 +85,6 @@ class Settings(_Frozen):
     node_labels: dict[str, str] = Field(
         default={}, description="only on nodes that bear these labels, e.g. {ray-subcluster: serving}"
     )
-    ongoing: int = Field(default=128, ge=1, description="requests that one replica works on at once")
-    queued: int = Field(default=64, ge=0, description="requests that wait at each proxy; more get 503 with Retry-After")
     drain_s: float = Field(default=30, gt=0, description="for requests under way, when a replica is stopped")
 
     @model_validator(mode="after")

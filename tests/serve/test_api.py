@@ -1,5 +1,6 @@
 """The HTTP side around a real predictor, without Ray Serve: every refusal is 4xx with a reason in JSON."""
 
+import asyncio
 import json
 import logging
 from pathlib import Path
@@ -17,7 +18,7 @@ from serve.settings import Limits
 
 pytestmark = pytest.mark.slow  # it loads transformers
 
-LIMITS = Limits(body_bytes=5000, inputs=4, characters=1000)
+LIMITS = Limits(requests=2, body_bytes=5000, inputs=4, characters=1000)
 KEY = "correct horse"
 
 
@@ -38,8 +39,6 @@ class Asked:
         self.students, self.keys = students, keys
 
     def __call__(self, method: str, path: str, **given: Any) -> httpx.Response:
-        import asyncio
-
         async def ask() -> httpx.Response:
             async with client_of(self.students, self.keys) as client:
                 return await client.request(method, path, **given)
@@ -186,6 +185,36 @@ def test_a_fault_of_the_server_is_said_and_its_words_stay_inside(
 ) -> None:
     monkeypatch.setattr(students.pick("returns"), "predictor", None)
     assert "fault of the server" in refused(Asked(students)("POST", "/v1/predict", json={"inputs": ["a"]}), 500)
+
+
+def test_more_requests_than_a_replica_holds_are_refused_and_told_when_to_come_back(
+    students: Students, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student: Any = students.pick("returns")
+    answer = student.answer
+
+    async def ask_five() -> tuple[list[httpx.Response], httpx.Response, httpx.Response]:
+        free = asyncio.Event()
+
+        async def wait_then_answer(*given: Any) -> Any:
+            await free.wait()
+            return await answer(*given)
+
+        monkeypatch.setattr(student, "answer", wait_then_answer)
+        async with client_of(students) as client:
+            asked = [asyncio.ensure_future(client.post("/v1/predict", json={"inputs": ["a"]})) for _ in range(5)]
+            while sum(request.done() for request in asked) < 5 - LIMITS.requests:
+                await asyncio.sleep(0)
+            health = await client.get("/healthz")
+            free.set()
+            return await asyncio.gather(*asked), health, await client.post("/v1/predict", json={"inputs": ["a"]})
+
+    made, health, later = asyncio.run(ask_five())
+    assert sorted(response.status_code for response in made) == [200, 200, 503, 503, 503]
+    assert [health.status_code, later.status_code] == [200, 200]
+    full = next(response for response in made if response.status_code == 503)
+    assert "2 requests are under way" in refused(full, 503)
+    assert int(full.headers["Retry-After"]) >= 1
 
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=8)  # halves of surrogate pairs too

@@ -178,7 +178,7 @@ def test_what_happened_is_counted(app: str) -> None:
 def test_more_than_it_can_take_gets_503_and_it_recovers(
     url: str, app: str, bundles: dict[str, str], keys_file: str
 ) -> None:
-    deploy(settings_of(bundles, keys_file, "returns@1", ongoing=2, queued=4))
+    deploy(settings_of(bundles, keys_file, "returns@1", limits=Limits(requests=6)))
 
     async def one(client: httpx.AsyncClient) -> httpx.Response:
         return await client.post("/v1/predict", json={"inputs": ["a message " * 30] * 64})
@@ -189,6 +189,7 @@ def test_more_than_it_can_take_gets_503_and_it_recovers(
     assert statuses[200] >= 6
     refused = next(response for response in made if response.status_code == 503)
     assert int(refused.headers["Retry-After"]) >= 1
+    assert "under way" in refused.json()["error"]
     assert ask(url, inputs=["a"]).status_code == 200
 
 
