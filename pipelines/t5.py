@@ -121,19 +121,16 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        totals = torch.cat([rows.float().logsumexp(dim=1) for rows in _parts(logits)])
-        ctx.save_for_backward(logits, tokens, totals)
-        return logits.gather(1, tokens[:, None]).squeeze(1).float() - totals
+        ctx.save_for_backward(logits, tokens)
+        pairs = zip(_parts(logits), _parts(tokens[:, None]), strict=True)
+        return torch.cat([rows.float().log_softmax(dim=1).gather(1, token) for rows, token in pairs]).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, tokens, totals = ctx.saved_tensors
+        logits, tokens = ctx.saved_tensors
         made = torch.empty_like(logits)
-        columns = (values[:, None] for values in (tokens, totals, *grads))
-        for rows, to, token, total, grad in zip(*map(_parts, (logits, made, *columns)), strict=True):
-            probabilities = (rows.float() - total).exp_()
-            probabilities.mul_(-grad).scatter_add_(1, token, grad)
-            to.copy_(probabilities)
+        for rows, to, token, grad in zip(*map(_parts, (logits, made, tokens[:, None], grads[0][:, None])), strict=True):
+            to.copy_(rows.float().softmax(dim=1).mul_(-grad).scatter_add_(1, token, grad))
         return made, None
 
 
