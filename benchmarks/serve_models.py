@@ -171,8 +171,8 @@ def _ctranslate2(folder: Path, threads: int) -> Side:
             model.config.tie_word_embeddings = model.config.scale_decoder_outputs
             return model
 
-    student = Predictor.open(folder, precision="fp32")
-    tokenizer, longest = student.tokenizer, _longest(folder)
+    model, tokenizer = load_student(str(folder))
+    longest = _longest(folder)
     converted = folder.with_name(folder.name + "-ct2")
     Converter(str(folder)).convert(str(converted), force=True)
 
@@ -183,12 +183,14 @@ def _ctranslate2(folder: Path, threads: int) -> Side:
         ids = tokenizer([LABEL_PREFIX + text for text in texts])["input_ids"]
         return [tokenizer.convert_ids_to_tokens(row) for row in ids]
 
-    labels = student.task.answer.labels
-    targets = [tokenizer.convert_ids_to_tokens(row) for row in tokenizer(labels)["input_ids"]]
-    scored = translator("float32").score_batch(tokens(["a bed"] * len(labels)), [row[:-1] for row in targets])
-    theirs = torch.tensor([sum(row.log_probs) for row in scored]).softmax(dim=0)
-    ours = student.predict(["a bed"], scores=True)[0].scores or {}
-    if (theirs - torch.tensor([ours[label] for label in labels])).abs().max() > 1e-3:
+    labels = tokenizer(list(LABELS))["input_ids"]
+    read = tokenizer([LABEL_PREFIX + "a bed"], return_tensors="pt")
+    written = [tokenizer.convert_ids_to_tokens(row[:-1]) for row in labels]
+    scored = translator("float32").score_batch(tokens(["a bed"] * len(labels)), written)
+    theirs = torch.tensor([sum(row.log_probs) for row in scored])
+    with torch.inference_mode():
+        losses = [len(row) * model.eval()(**read, labels=torch.tensor([row])).loss for row in labels]
+    if (theirs + torch.stack(losses)).abs().max() > 1e-3:
         raise SystemExit("CTranslate2 gives labels other probabilities than the model that it was made of")
     fast = translator("int8")
 

@@ -1,18 +1,20 @@
 """Label-only inference: no Ray, no teacher, no rationale.
 
-Closed sets (`choice`, `row_choice`) are scored: the probability of each label as a whole, so the answer is
-always valid. Expressions and free text are decoded greedily; of an expression no token is taken that would keep it from
-being one, so only where `max_new_tokens` cut it short it is none.
+Closed sets (`choice`, `row_choice`) are scored: the student chooses wherever the labels part (`label_tree`), and a
+label's probability is the product of the choices that lead to it, so the answer is always valid. Expressions and free
+text are decoded greedily; of an expression no token is taken that would keep it from being one, so only where
+`max_new_tokens` cut it short it is none.
 
 One of arm rationale_first can't answer before it has written its rationale, so it writes both.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -22,12 +24,12 @@ import torch
 from pipelines import decoding, t5
 from pipelines.bundle import SIDECAR, Bundle, Precision, read_bundle
 from pipelines.fused import fuse, pack
+from pipelines.label_tree import LabelTree, label_tree
 from pipelines.quantized import quantize
 from pipelines.recipe import Arm
 from pipelines.student import (
     LABEL_PREFIX,
     RATIONALE_PREFIX,
-    after_openings,
     decoder_opening,
     load_student,
     save_student,
@@ -166,10 +168,9 @@ class Predictor:
         return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @cached_property
-    def _label_ids(self) -> dict[str, list[int]]:
-        """Tokens of the task's own labels."""
-        labels = list(self.task.answer.labels)
-        return dict(zip(labels, self.tokenizer(labels)["input_ids"], strict=True)) if labels else {}
+    def _tree(self) -> LabelTree:
+        """Of the task's own labels."""
+        return label_tree(self.tokenizer(list(self.task.answer.labels))["input_ids"])
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
@@ -200,36 +201,46 @@ class Predictor:
         return [self.model.config.decoder_start_token_id, *opening]
 
     def _score(self, inputs: t5.Rows, labels: list[tuple[str, ...]], all_scores: bool) -> Iterator[Prediction]:
-        """Each row's labels by the log-probability of their tokens; one encoder pass, one decoder pass.
+        """The probability of each row's labels, by the choices between them; one encoder pass, one decoder pass.
 
-        A row's labels stand one after another in one decoder row, each seeing itself alone, so that the row's
-        input is attended to once and not once a label.
+        Where its labels part, the decoder row of an input holds what comes before, for each parting one after another,
+        each seeing itself alone; so the input is attended to once and not once a label.
         """
         device, start = self.model.device, self._start(LABEL_PREFIX)
-        unique = dict.fromkeys(label for row in labels for label in row).keys()
-        ids = self._label_ids
-        if not unique <= ids.keys():
-            ids = dict(zip(unique, self.tokenizer(list(unique))["input_ids"], strict=True))
-        tokens = [ids[label] for row in labels for label in row]
-        previous = t5.Rows([[i for label in row for i in (*start, *ids[label][:-1])] for row in labels], device)
-        opening = len(start) - 1
-        written = [opening + len(text) for text in tokens]
-        visible = t5.apart(previous, written)
+        trees = self._trees(labels)
+        rows = [[[*start, *prefix] for prefix in tree.prefixes] for tree in trees]
+        previous = t5.Rows([[i for text in texts for i in text] for texts in rows], device)
+        lengths = [len(text) for texts in rows for text in texts]
+        visible = t5.apart(previous, lengths)
         if len(set(labels)) == 1:
             visible = visible[:1]  # it is alike in all rows
-        places = after_openings([opening] * len(tokens), written).to(device)
         states = t5.encode(self.model, inputs)
-        logits = t5.decode(self.model, previous, visible, states, inputs, places)
-        targets = torch.tensor([i for text in tokens for i in text], device=device)
-        log_probabilities = t5.log_probabilities(logits, targets)
-        lengths = torch.tensor([len(text) for text in tokens], device=device)
-        owner = torch.arange(len(tokens), device=device).repeat_interleave(lengths)  # the label of each token
-        scores = log_probabilities.new_zeros(len(tokens)).index_add(0, owner, log_probabilities).cpu()
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+        choices = [some for tree in trees for some in tree.nexts]
+        tokens = list(dict.fromkeys(token for some in choices for token in some))
+        column = {token: at for at, token in enumerate(tokens)}
+        possible = torch.zeros(len(choices), len(tokens), dtype=torch.bool)
+        possible[_places((row, column[token]) for row, some in enumerate(choices) for token in some)] = True
+        logits = t5.decode(self.model, previous, visible, states, inputs, ends, tokens=torch.tensor(tokens).to(device))
+        logs = logits.float().cpu().masked_fill_(~possible, -torch.inf).log_softmax(dim=1)
+        first = accumulate((len(tree.prefixes) for tree in trees), initial=0)
+        ways = [(at, steps) for tree, at in zip(trees, first, strict=False) for steps in tree.steps]  # one a label
+        taken = logs[_places((at + place, column[token]) for at, steps in ways for place, token in steps)]
+        label_of = torch.tensor([number for number, (_, steps) in enumerate(ways) for _ in steps])
+        scores = torch.zeros(len(ways)).index_add(0, label_of, taken)
         for row, row_scores in zip(labels, scores.split([len(row) for row in labels]), strict=True):
             probabilities = (row_scores / self._temperature).softmax(dim=0).tolist()
             confidence, label = max(zip(probabilities, row, strict=True), key=itemgetter(0))
             shown = dict(zip(row, probabilities, strict=True)) if all_scores else None
             yield Prediction(label, confidence, label, self._abstains(confidence), shown)
+
+    def _trees(self, labels: list[tuple[str, ...]]) -> list[LabelTree]:
+        """Each row's labels as a tree; that of the task's own is kept."""
+        own = tuple(self.task.answer.labels)
+        other = dict.fromkeys(label for row in set(labels) - {own} for label in row)
+        ids = dict(zip(other, self.tokenizer(list(other))["input_ids"], strict=True)) if other else {}
+        made = {row: self._tree if row == own else label_tree([ids[label] for label in row]) for row in set(labels)}
+        return [made[row] for row in labels]
 
     def _decode(self, inputs: t5.Rows) -> Iterator[Prediction]:
         """Greedy text; its confidence is the probability of the whole text."""
@@ -293,6 +304,11 @@ class Predictor:
         """What the decoder writes greedily after `prefix`, up to so many ends of sequence."""
         start, end = self._start(prefix), self.tokenizer.eos_token_id
         return decoding.write(self.model, inputs, start, end, max_new_tokens, ends, accepts, self.all_done)
+
+
+def _places(pairs: Iterable[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    """Rows and columns, as a matrix is indexed by them."""
+    return torch.tensor(list(pairs)).unbind(1)
 
 
 def can_run(precision: Precision, device: str = "cpu") -> bool:

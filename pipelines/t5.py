@@ -82,6 +82,7 @@ def decode(
     inputs: Rows,
     places: torch.Tensor | None = None,
     embedded: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The logits of the token after each of `previous`, of shape (tokens, vocabulary).
 
@@ -94,19 +95,23 @@ def decode(
         inputs: as many rows as `previous`.
         places: of shape (wanted,); if given, only the logits after these tokens are made.
         embedded: `previous` as `embed` makes it, if that is done.
+        tokens: of shape (n,); if given, only the logits of these tokens of the vocabulary are made.
     """
     written = _stack(model.get_decoder(), previous, visible, embedded, states, inputs)
     if places is not None:
         written = written.index_select(0, places)
-    return logits(model, written)
+    return logits(model, written, tokens)
 
 
-def logits(model: Any, states: torch.Tensor) -> torch.Tensor:
-    """The decoder's states against the vocabulary, of shape (tokens, vocabulary)."""
+def logits(model: Any, states: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """The decoder's states against the vocabulary, of shape (tokens, vocabulary), or against some `tokens` of it."""
     if _scaled(model.config):
         states = states * model.config.d_model**-0.5
-    made: torch.Tensor = model.get_output_embeddings()(states)
-    return made
+    head = model.get_output_embeddings()
+    if tokens is not None and head.weight is not None and head.weight.dim() == 2:  # ZeRO 3 leaves none outside a layer
+        return functional.linear(states, head.weight[tokens])
+    made: torch.Tensor = head(states)
+    return made if tokens is None else made[:, tokens]
 
 
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

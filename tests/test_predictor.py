@@ -1,5 +1,6 @@
 """Label-only inference: valid answers, exact probabilities, the order of the inputs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,65 @@ def closed() -> Predictor:
     return predictor(CHOICE)
 
 
-def test_confidence_is_the_labels_share_of_the_probability(closed: Predictor) -> None:
-    text = "The lamp stopped working."
-    ids = closed.tokenizer(f"predict: {text}", return_tensors="pt")["input_ids"]
-    scores = []
-    for label in CHOICE.answer.labels:
-        target = closed.tokenizer(label, return_tensors="pt")["input_ids"]
+def constrained(student: Predictor, text: str, labels: Sequence[str], prefix: str = "predict: ") -> torch.Tensor:
+    """The probability of each label, by the model's own forward: token by token, among those that some label has
+    there."""
+    model, tokenizer = student.model.eval(), student.tokenizer
+    opening = [model.config.decoder_start_token_id]
+    if student.prefix == "decoder":
+        opening += tokenizer(prefix)["input_ids"][:-1]
+    read = tokenizer(text if student.prefix == "decoder" else prefix + text, return_tensors="pt")
+    ids, made = tokenizer(list(labels))["input_ids"], []
+    for label in ids:
         with torch.no_grad():
-            loss = closed.model.eval()(input_ids=ids, labels=target).loss
-        scores.append(-loss.item() * target.shape[1])
-    expected = torch.tensor(scores).softmax(0)
-    made = closed.predict([text])[0]
+            logits = model(**read, decoder_input_ids=torch.tensor([opening + label[:-1]])).logits[0]
+        score = 0.0
+        for at, token in enumerate(label):
+            possible = sorted({other[at] for other in ids if other[:at] == label[:at]})
+            score += float(logits[len(opening) - 1 + at, possible].log_softmax(0)[possible.index(token)])
+        made.append(score)
+    return torch.tensor(made).exp()
+
+
+@pytest.mark.parametrize("prefix", ["encoder", "decoder"])
+def test_confidence_is_the_probability_of_writing_that_label_and_no_other_text(closed: Predictor, prefix: str) -> None:
+    student = Predictor(closed.model, closed.tokenizer, CHOICE, prefix=prefix)
+    made = student.predict(["The lamp stopped working.", "x"], scores=True)[0]
+    expected = constrained(student, "The lamp stopped working.", CHOICE.answer.labels)
+    assert float(expected.sum()) == pytest.approx(1)
+    assert made.scores == pytest.approx(dict(zip(CHOICE.answer.labels, expected.tolist(), strict=True)), rel=1e-4)
     assert made.label == CHOICE.answer.labels[int(expected.argmax())]
     assert made.confidence == pytest.approx(float(expected.max()), rel=1e-4)
+
+
+def test_labels_that_begin_alike_are_told_apart_where_they_part() -> None:
+    student = predictor(ROW_CHOICE)
+    choices = [["a cold river", "a cold lake", "mall"], ["river", "a cold river bank", "a"], ["yes"]]
+    for made, text, own in zip(
+        student.predict(["Where?", "Which is it?", "So?"], choices, scores=True),
+        ["Where?", "Which is it?", "So?"],
+        choices,
+        strict=True,
+    ):
+        expected = constrained(student, text, own)
+        assert made.scores == pytest.approx(dict(zip(own, expected.tolist(), strict=True)), rel=1e-4)
+
+
+def test_it_answers_what_hugging_face_writes_where_only_labels_may_be_written(closed: Predictor) -> None:
+    model, tokenizer = closed.model.eval(), closed.tokenizer
+    ids = tokenizer(list(CHOICE.answer.labels))["input_ids"]
+    texts = ["The lamp stopped working.", "My dog chewed it.", "I changed my mind.", "Übergröße 🧾", "", "x " * 60]
+
+    def possible(_: int, written: torch.Tensor) -> list[int]:
+        so_far = written.tolist()[1:]
+        goes_on = [label for label in ids if label[: len(so_far)] == so_far and label != so_far]
+        return sorted({label[len(so_far)] for label in goes_on}) or [0]
+
+    read = tokenizer([f"predict: {text}" for text in texts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        written = model.generate(**read, prefix_allowed_tokens_fn=possible, max_new_tokens=12, do_sample=False)
+    expected = tokenizer.batch_decode(written, skip_special_tokens=True)
+    assert [p.label for p in closed.predict(texts)] == expected
 
 
 def test_predictions_come_in_the_order_of_the_inputs_whatever_the_batches(closed: Predictor) -> None:
@@ -98,23 +145,6 @@ def test_a_saved_student_answers_as_before(closed: Predictor, tmp_path: Path, ar
     for made, other in zip(Predictor.open(tmp_path).predict(inputs), before.predict(inputs), strict=True):
         assert made == replace(other, confidence=made.confidence)
         assert made.confidence == pytest.approx(other.confidence, rel=1e-3)
-
-
-def test_told_its_task_in_the_decoder_it_scores_labels_after_the_prefix(closed: Predictor) -> None:
-    model, tokenizer = closed.model.eval(), closed.tokenizer
-    text, scores = "The lamp stopped working.", []
-    opening = [model.config.decoder_start_token_id, *tokenizer("predict: ")["input_ids"][:-1]]
-    for label in CHOICE.answer.labels:
-        target = tokenizer(label)["input_ids"]
-        written = torch.tensor([opening + target[:-1]])
-        with torch.no_grad():
-            logits = model(**tokenizer(text, return_tensors="pt"), decoder_input_ids=written).logits[0]
-        logs = logits.log_softmax(1)[len(opening) - 1 :]
-        scores.append(sum(float(logs[at, token]) for at, token in enumerate(target)))
-    expected = torch.tensor(scores).softmax(0)
-    made = Predictor(model, tokenizer, CHOICE, prefix="decoder").predict([text, "x"])[0]
-    assert made.label == CHOICE.answer.labels[int(expected.argmax())]
-    assert made.confidence == pytest.approx(float(expected.max()), rel=1e-4)
 
 
 def script(predictor: Predictor, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
