@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 import yaml
@@ -188,10 +188,12 @@ class Watch:
         from ray.util.state import list_actors, list_nodes
         from ray.util.state.exception import RayStateApiException
 
+        alive: Any = {"filters": [("state", "=", "ALIVE")], "limit": 1000}
+        alive["raise_on_missing_output"] = False  # it counts as missing what the filter left out, such as dead nodes
         while not self._ended.wait(0.5):
             try:
-                nodes = list_nodes(self.head.dashboard, filters=[("state", "=", "ALIVE")])
-                actors = list_actors(self.head.dashboard, filters=[("state", "=", "ALIVE")], limit=1000)
+                nodes = list_nodes(self.head.dashboard, **alive)
+                actors = list_actors(self.head.dashboard, **alive)
             except RayStateApiException:  # busy; the next look will do
                 continue
             workers = sum(not node.is_head_node for node in nodes)

@@ -30,9 +30,13 @@ def use_onednn(model: nn.Module) -> None:
 
 def fill_up(rows: torch.Tensor) -> torch.Tensor:
     """(rows, n) → (as many rows or some more, n)."""
-    count = len(rows)
-    more = -count % (1 << max(0, count.bit_length() - 5))
+    more = count_missing(len(rows))
     return functional.pad(rows, (0, 0, 0, more)) if more else rows
+
+
+def count_missing(count: int) -> int:
+    """How many rows are to be added to so many."""
+    return -count % (1 << max(0, count.bit_length() - 5))
 
 
 class _Linear(nn.Linear):

@@ -154,7 +154,7 @@ class Predictor:
         with self._at_rest():
             for at in range(0, len(order), batch_size):
                 part = order[at : at + batch_size]
-                rows = t5.Rows([ids[i] for i in part], self.model.device)
+                rows = t5.Rows([ids[i] for i in part], self.model.device, filled=True)
                 predictions.update(zip(part, self._predict_batch(rows, [own[i] for i in part], scores), strict=True))
         return [predictions[i] for i in range(len(ids))]
 

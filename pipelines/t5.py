@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from pipelines.onednn import count_missing
+
 FAMILY = ("t5", "mt5", "umt5")  # values of `config.model_type`
 _AT_ONCE = 16  # rows of the vocabulary
 
@@ -19,17 +21,22 @@ class Rows:
     """Rows of token ids, end to end.
 
     `ids` is of shape (tokens,), `lengths` the rows' in their order, and `real`, of shape (rows, longest length),
-    says where a grid of the rows holds a token; `padded`, whether there are places where it does not.
+    says where a grid of the rows holds a token; `padded`, whether there are places where it does not. With `filled`,
+    some tokens follow that no grid has, so that fast layers need not fill up what they get; not for training.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", filled: bool = False
+    ) -> None:
         self.lengths = [len(row) for row in rows]
         real = torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
-        self.ids = torch.tensor([i for row in rows for i in row]).to(device)
+        ids = [i for row in rows for i in row]
+        more = count_missing(len(ids)) if filled else 0
+        self.ids = torch.tensor(ids + [0] * more).to(device)
         self.real = real.to(device)
-        self.padded = min(self.lengths) < max(self.lengths)
+        self.padded = min(self.lengths) < max(self.lengths) or more > 0
         places = real.flatten()
-        self._places = places.nonzero().squeeze(1).to(device)
+        self._places = functional.pad(places.nonzero().squeeze(1), (0, more)).to(device)
         self._token_at = (places.cumsum(0) - 1).clamp_(min=0).to(device)  # where there is none, the one before
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
