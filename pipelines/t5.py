@@ -25,9 +25,7 @@ class Rows:
     some tokens follow that no grid has, so that fast layers need not fill up what they get; not for training.
     """
 
-    def __init__(
-        self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", filled: bool = False
-    ) -> None:
+    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", filled: bool = False) -> None:
         self.lengths = [len(row) for row in rows]
         real = torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
         ids = [i for row in rows for i in row]
