@@ -169,7 +169,7 @@ def _noop_application() -> Any:
         def listed(self) -> list[tuple[Student, float]]:
             return [(self.served, 1.0)]
 
-    quiet = LoggingConfig(enable_access_log=False)
+    quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     application = serve.ingress()(Noop)
     return serve.deployment(application, max_ongoing_requests=256, logging_config=quiet).bind()
 

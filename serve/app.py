@@ -140,6 +140,6 @@ def build(args: Settings) -> serve.Application:
         max_surge_percent=100,  # a new version is up before the old one goes
         max_constructor_retry_count=2,
         user_config=args.traffic.model_dump(),
-        logging_config=LoggingConfig(enable_access_log=False),  # the application writes its own
+        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),  # the application has its own
     )
     return deployment.bind(args)

@@ -1,5 +1,6 @@
 """What Prometheus gets to see, beside Ray Serve's own series. Each is prefixed `ray_` where it is scraped."""
 
+import collections
 from collections.abc import Sequence
 
 from ray.serve.metrics import Counter, Histogram
@@ -50,11 +51,11 @@ class Meter:
     def answers(self, model: str, version: str, made: Sequence[Prediction], closed: bool) -> None:
         """Count answers; labels only of a closed set, so that no series is made for each text."""
         tags = {"model": model, "version": version}
-        for prediction in made:
-            if prediction.abstained:
-                self._abstained.inc(tags=tags)
-            if closed and prediction.label is not None:
-                self._labels.inc(tags={**tags, "label": prediction.label})
+        if abstained := sum(prediction.abstained for prediction in made):
+            self._abstained.inc(abstained, tags=tags)
+        labels = collections.Counter(prediction.label for prediction in made if prediction.label is not None)
+        for label, count in labels.items() if closed else ():
+            self._labels.inc(count, tags={**tags, "label": label})
 
     def shadowed(self, model: str, version: str, same: bool) -> None:
         self._shadowed.inc(tags={"model": model, "version": version, "same": str(same).lower()})

@@ -68,10 +68,11 @@ class Served:
         self._waiting += parts
         if self._working is None:
             self._working = asyncio.get_running_loop().create_task(self._work())
-        answered = await asyncio.gather(*(part.made for part in parts))
-        made = [prediction for answer in answered for prediction in answer]
-        self._meter.answers(self.name, self.version, made, self.task.answer.kind == "choice")
-        return made
+        try:
+            return [prediction for part in parts for prediction in await part.made]
+        finally:
+            for part in parts:
+                part.made.cancel()  # where the request was given up, or one of its parts failed
 
     def _split(self, ids: list[list[int]], choices: Sequence[Sequence[str] | None], scores: bool) -> list[_Part]:
         """A request as parts that a batch can hold, in its order."""
@@ -94,18 +95,20 @@ class Served:
             for part in batch:
                 self._meter.queued(self.name, self.version, 1000 * (start - part.since))
             try:
-                made = iter(await asyncio.get_running_loop().run_in_executor(self._worker, self._predict, batch))
+                made = await asyncio.get_running_loop().run_in_executor(self._worker, self._predict, batch)
             except Exception as error:  # theirs to tell; what waits does not depend on it
                 for part in batch:
                     if not part.made.done():
                         part.made.set_exception(error)
                 continue
+            answers = iter(made)
             for part in batch:
-                answer = [next(made) for _ in part.ids]
+                answer = [next(answers) for _ in part.ids]
                 if not part.made.done():
                     part.made.set_result(answer)
             rows, tokens = sum(len(part.ids) for part in batch), sum(part.tokens for part in batch)
             self._meter.batch(self.name, self.version, rows, tokens, 1000 * (time.perf_counter() - start))
+            self._meter.answers(self.name, self.version, made, self.task.answer.kind == "choice")
         self._working = None
 
     def _take(self) -> list[_Part]:
