@@ -9,13 +9,13 @@ Weights are random: times mean something, answers don't. All sides get the same 
     ours fp32
     … open    expressions of 16 tokens instead, which are written token by token
 
-Then over HTTP, with T5 v1.1 small:
+Then over HTTP, with T5 v1.1 small; the first two are up together, then the other two:
 
     plain     FastAPI and uvicorn around the same predictor, with a batcher of a few lines
     direct    our application, its one replica listening itself (`distill serve`)
     proxied   the same behind Ray Serve's proxy (`distill serve --proxy`)
     haproxy   the same behind the HAProxy that Ray Serve starts; it listens on 0.0.0.0, whatever host is asked for
-    … noop    each of them without a model
+    … noop    each of them with a model that says the same of everything, at once
 
 ONNX Runtime is not among them: its exporter needs an environment of its own.
 """
@@ -36,7 +36,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from benchmarks.serve_http import KINDS, time_servers  # noqa: E402
+from benchmarks.serve_http import GOALS, PROXIES, time_servers  # noqa: E402
 from benchmarks.serve_models import OPEN, closed_sides, make_bundle, open_sides, teacher_rate, time_sides  # noqa: E402
 from pipelines.predictor import can_run  # noqa: E402
 
@@ -63,7 +63,7 @@ def compare(
     seconds: Annotated[float, typer.Option(min=0.5, help="Of one turn over HTTP.")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="Of the model.")] = 1,
     core_hour: Annotated[float, typer.Option(min=0, help="Price of a core for an hour.")] = 0.04,
-    quick: Annotated[bool, typer.Option("--quick", help="One turn of each, without T5 base and the teacher.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One turn of each, without T5 base, proxies and the teacher.")] = False,
 ) -> None:
     """Run all sides in turn; print tables, then one JSON object."""
     rounds, seconds = (1, 2.0) if quick else (rounds, seconds)
@@ -83,8 +83,10 @@ def compare(
             _show(console, f"{name}: ms a batch", SIZES, others[name])
         torch.set_num_threads(threads)
         rates: Medians = {}
-        for noop, connections in ((False, CONNECTIONS), (True, CONNECTIONS[-1:])):
-            rates |= _medians(time_servers(folder, texts, connections, noop, rounds, seconds, threads))
+        for kinds in (GOALS,) if quick else (GOALS, PROXIES):
+            noops = [f"{kind} noop" for kind in kinds]
+            rates |= _medians(time_servers(kinds, folder, texts, CONNECTIONS, rounds, seconds, threads))
+            rates |= _medians(time_servers(noops, folder, texts, CONNECTIONS[-1:], rounds, seconds, threads))
     _show(console, "requests/s at connections", CONNECTIONS, rates)
     ratios = _ratios(small) | _http_ratios(rates, small)
     missing = sorted(MUST.keys() - ratios.keys())
@@ -139,7 +141,9 @@ def _ratios(times: Medians) -> dict[str, float]:
 
 def _http_ratios(rates: Medians, small: Medians) -> dict[str, float]:
     ratios: dict[str, float] = {}
-    for side in KINDS[1:]:
+    for side in (*GOALS[1:], *PROXIES):
+        if (side, 64) not in rates:
+            continue
         suffix = "" if side == "direct" else f"_{side}"
         ratios |= {f"http_c{n}{suffix}": rates[side, n] / rates["plain", n] for n in CONNECTIONS[1:]}
         ratios[f"http_noop_c64{suffix}"] = rates[f"{side} noop", 64] / rates["plain noop", 64]

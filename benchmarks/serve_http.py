@@ -25,7 +25,7 @@ from benchmarks.serve_models import CLOSED, LABELS  # noqa: E402
 from pipelines.bundle import Bundle  # noqa: E402
 from pipelines.predictor import Prediction, Predictor  # noqa: E402
 
-KINDS = ("plain", "direct", "proxied", "haproxy")
+GOALS, PROXIES = ("plain", "direct"), ("proxied", "haproxy")  # those of a group are up together
 # the second: user code runs in the loop that reads requests, and logs are written many lines at once
 HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 Rates = dict[tuple[str, int], list[float]]
@@ -47,12 +47,17 @@ class Instant:
 
 
 def time_servers(
-    folder: Path, texts: list[str], connections: Sequence[int], noop: bool, rounds: int, seconds: float, threads: int
+    kinds: Sequence[str],
+    folder: Path,
+    texts: list[str],
+    connections: Sequence[int],
+    rounds: int,
+    seconds: float,
+    threads: int,
 ) -> Rates:
     """Requests a second, by side and connections. The servers are up together; one at a time is asked."""
     rates: Rates = {}
-    suffix = " noop" if noop else ""
-    with servers([kind + suffix for kind in KINDS], folder, threads) as urls:
+    with servers(kinds, folder, threads) as urls:
         for turn in range(rounds + 1):
             for many in connections:
                 for kind, url in urls.items():
