@@ -63,7 +63,7 @@ def compare(
     seconds: Annotated[float, typer.Option(min=0.5, help="Of one turn over HTTP.")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="Of the model.")] = 1,
     core_hour: Annotated[float, typer.Option(min=0, help="Price of a core for an hour.")] = 0.04,
-    quick: Annotated[bool, typer.Option("--quick", help="One turn of each, without T5 base, proxies and the teacher.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One turn; no T5 base, no proxies, no teacher.")] = False,
 ) -> None:
     """Run all sides in turn; print tables, then one JSON object."""
     rounds, seconds = (1, 2.0) if quick else (rounds, seconds)
