@@ -3,11 +3,12 @@
 Weights are random: times mean something, answers don't. All sides get the same texts and take turns. First by shape
 (T5 v1.1 small, T5 base, the quickstart's student), labels of a closed set:
 
-    hf        Hugging Face `generate`, greedy, fp32, as many new tokens as the longest label has
-    int8      the same with CTranslate2 in int8, where that is installed; it is no dependency of ours
-    ours      the predictor: the labels scored, in bf16 where the processor has it, otherwise in int8
+    hf           Hugging Face `generate`, greedy, fp32, as many new tokens as the longest label has
+    ctranslate2  the same with CTranslate2 in int8, where that is installed; it is no dependency of ours
+    onnx         the same with ONNX Runtime in int8, if `--onnx-python` says which Python can export for it
+    ours         the predictor: the labels scored, in bf16 where the processor has it, otherwise in int8
     ours fp32
-    … open    expressions of 16 tokens instead, which are written token by token
+    … open       expressions of 16 tokens instead, which are written token by token
 
 Then over HTTP, with T5 v1.1 small; the first two are up together, then the other two:
 
@@ -16,8 +17,6 @@ Then over HTTP, with T5 v1.1 small; the first two are up together, then the othe
     proxied   the same behind Ray Serve's proxy (`distill serve --proxy`)
     haproxy   the same behind the HAProxy that Ray Serve starts; it listens on 0.0.0.0, whatever host is asked for
     … noop    each of them with a model that says the same of everything, at once
-
-ONNX Runtime is not among them: its exporter needs an environment of its own.
 """
 
 import json
@@ -62,6 +61,9 @@ def compare(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.5, help="Of one turn over HTTP.")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="Of the model.")] = 1,
+    onnx_python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A Python with what benchmarks/onnx_export.py needs.")
+    ] = None,
     core_hour: Annotated[float, typer.Option(min=0, help="Price of a core for an hour.")] = 0.04,
     quick: Annotated[bool, typer.Option("--quick", help="One turn; no T5 base, no proxies, no teacher.")] = False,
 ) -> None:
@@ -72,14 +74,14 @@ def compare(
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made, "small")
         texts = make_bundle(folder, "small")
-        small = _medians(time_sides(closed_sides(folder, threads), texts, SIZES, rounds))
+        small = _medians(time_sides(closed_sides(folder, threads, onnx_python), texts, SIZES, rounds))
         small |= _time_open(Path(made, "open"), 1 if quick else min(rounds, 3))
         _show(console, f"T5 v1.1 small, {threads} threads: ms a batch", SIZES, small)
         wanted = [("quickstart", threads)] if quick else [("quickstart", threads), ("base", threads), ("small", cores)]
         others = {}
         for shape, count in wanted:
             name = f"{shape}, {count} threads"
-            others[name] = _time_other(Path(made, name), shape, count, 1 if quick else min(rounds, 3))
+            others[name] = _time_other(Path(made, name), shape, count, onnx_python, 1 if quick else min(rounds, 3))
             _show(console, f"{name}: ms a batch", SIZES, others[name])
         torch.set_num_threads(threads)
         rates: Medians = {}
@@ -111,10 +113,10 @@ def _time_open(folder: Path, rounds: int) -> Medians:
     return _medians(time_sides(open_sides(folder), texts, SIZES, rounds))
 
 
-def _time_other(folder: Path, shape: str, threads: int, rounds: int) -> Medians:
+def _time_other(folder: Path, shape: str, threads: int, onnx_python: str | None, rounds: int) -> Medians:
     texts = make_bundle(folder, shape)
     torch.set_num_threads(threads)
-    return _medians(time_sides(closed_sides(folder, threads), texts, SIZES, rounds))
+    return _medians(time_sides(closed_sides(folder, threads, onnx_python), texts, SIZES, rounds))
 
 
 def _costs(student: float, teacher: float, core_hour: float) -> dict[str, float]:
@@ -131,8 +133,8 @@ def _costs(student: float, teacher: float, core_hour: float) -> dict[str, float]
 def _ratios(times: Medians) -> dict[str, float]:
     """Ours over the others, by rows of a batch."""
     ratios = {f"hf_b{n}": times["hf", n] / times["ours", n] for n in SIZES}
-    if ("int8", 1) in times:
-        ratios |= {f"int8_b{n}": times["int8", n] / times["ours", n] for n in SIZES}
+    if int8 := [side for side in ("ctranslate2", "onnx") if (side, 1) in times]:
+        ratios |= {f"int8_b{n}": min(times[side, n] for side in int8) / times["ours", n] for n in SIZES}
     if ("hf open", 1) in times:
         by_size = {f"open_answers_b{n}": times["hf open", n] / times["ours open", n] for n in SIZES}
         ratios |= {"open_answers": min(by_size.values()), **by_size}

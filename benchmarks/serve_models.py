@@ -117,12 +117,14 @@ def time_sides(sides: dict[str, Side], texts: list[str], sizes: Sequence[int], r
     return times
 
 
-def closed_sides(folder: Path, threads: int) -> dict[str, Side]:
+def closed_sides(folder: Path, threads: int, onnx_python: str | None) -> dict[str, Side]:
     """Labels, by each side."""
     sides = {"hf": _hugging_face(folder, _longest(folder)), "ours": Predictor.open(folder).predict}
     sides["ours fp32"] = Predictor.open(folder, precision="fp32").predict
     if find_spec("ctranslate2"):
-        sides["int8"] = _ctranslate2(folder, threads)
+        sides["ctranslate2"] = _ctranslate2(folder, threads)
+    if onnx_python:
+        sides["onnx"] = _onnx(folder, threads, onnx_python)
     return sides
 
 
@@ -199,6 +201,43 @@ def _ctranslate2(folder: Path, threads: int) -> Side:
             tokens(texts), beam_size=1, max_decoding_length=longest, min_decoding_length=longest
         )
         return [tokenizer.convert_tokens_to_string(m.hypotheses[0]) for m in made]
+
+    return predict
+
+
+def _onnx(folder: Path, threads: int, python: str) -> Side:
+    """ONNX Runtime in int8: greedy, with a cache. `python` can export; see `onnx_export.py`."""
+    import numpy as np
+    import onnxruntime
+
+    to = folder.with_name(folder.name + "-onnx")
+    to.mkdir()
+    subprocess.run([python, Path(__file__).with_name("onnx_export.py"), folder, to], check=True, capture_output=True)
+    student = Predictor.open(folder)
+    tokenizer, longest = student.tokenizer, _longest(folder)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+
+    def session(name: str) -> Any:
+        return onnxruntime.InferenceSession(to / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+
+    encoder, first, others = map(session, ("encoder_model", "decoder_model", "decoder_with_past_model"))
+    first_names, other_names = ([output.name for output in some.get_outputs()] for some in (first, others))
+
+    def predict(texts: list[str]) -> object:
+        inputs = tokenizer([LABEL_PREFIX + text for text in texts], padding=True, return_tensors="np")
+        mask = inputs["attention_mask"].astype(np.int64)
+        read = {"input_ids": inputs["input_ids"].astype(np.int64), "attention_mask": mask}
+        given: dict[str, Any] = {"encoder_attention_mask": mask, "encoder_hidden_states": encoder.run(None, read)[0]}
+        tokens, written = np.zeros((len(texts), 1), np.int64), []
+        for step in range(longest):
+            some, names = (others, other_names) if step else (first, first_names)
+            made = dict(zip(names, some.run(None, given | {"input_ids": tokens}), strict=True))
+            tokens = made["logits"][:, -1].argmax(axis=-1, keepdims=True)
+            written.append(tokens)
+            given.pop("encoder_hidden_states", None)
+            given |= {name.replace("present", "past_key_values"): made[name] for name in names if name != "logits"}
+        return tokenizer.batch_decode(np.concatenate(written, axis=1), skip_special_tokens=True)
 
     return predict
 

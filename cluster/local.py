@@ -27,7 +27,7 @@ from pipelines.console import say, show_table
 
 CONFIG = Path(__file__).with_name("local.yaml")
 _START_S = 120
-_SHRINK_S = 300  # what Ray Data asked for last counts for three minutes after it has ended
+_SHRINK_S = 300  # at most: what Ray Data asked for last may count for three minutes after it has ended
 
 
 class Node:
