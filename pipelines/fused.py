@@ -53,23 +53,37 @@ class _Direction(nn.Module):
         return functional.normalize(rows, dim=-1, eps=self._least)
 
 
+class _FeedForward(nn.Module):
+    """What stands in a block after attention, in fewer calls."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        dense = layer.DenseReluDense
+        self.gate = dense.wi_1 if hasattr(dense, "wi_1") else None
+        self.wi, self.act, self.wo = dense.wi_0 if self.gate else dense.wi, dense.act, dense.wo
+        self.norm = _fold(layer.layer_norm, self.wi, *([self.gate] if self.gate else []))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = self.norm(hidden)
+        inner = self.act(self.wi(rows))
+        made: torch.Tensor = hidden + self.wo(inner if self.gate is None else inner * self.gate(rows))
+        return made
+
+
 def fuse(model: Any) -> None:
     """Join what `t5` calls together. The model can't be trained or saved afterwards, and has no other forward."""
+    fuse_gelu(model)
     for stack in (model.get_encoder(), model.get_decoder()):
         for block in stack.block:
             own, *cross, feed_forward = block.layer
-            attention, dense = own.SelfAttention, feed_forward.DenseReluDense
+            attention = own.SelfAttention
             own.layer_norm = _fold(own.layer_norm, attention.q, attention.k, attention.v)
             _join(attention, "qkv")
             for layer in cross:
                 layer.layer_norm = _fold(layer.layer_norm, layer.EncDecAttention.q)
                 _join(layer.EncDecAttention, "kv")
-            gated = hasattr(dense, "wi_0")
-            feed_forward.layer_norm = _fold(
-                feed_forward.layer_norm, *((dense.wi_0, dense.wi_1) if gated else (dense.wi,))
-            )
+            block.layer[-1] = _FeedForward(feed_forward)
         stack.final_layer_norm = _Norm(stack.final_layer_norm)
-    fuse_gelu(model)
 
 
 @torch.no_grad()
@@ -86,11 +100,10 @@ def pack(module: nn.Module) -> None:
         if isinstance(child, nn.Linear) and child.bias is None:
             setattr(module, name, PackedLinear(child))
             continue
-        first = "wi_0" if hasattr(child, "wi_0") else "wi"  # of a feed-forward layer
-        if isinstance(getattr(child, first, None), nn.Linear) and isinstance(child.act, nn.GELU | nn.ReLU):
+        fits = isinstance(child, _FeedForward) and isinstance(child.act, nn.GELU | nn.ReLU)
+        if fits and isinstance(child.wi, nn.Linear):
             follows = ("gelu", "tanh") if isinstance(child.act, nn.GELU) else ("relu", "")
-            setattr(child, first, PackedLinear(getattr(child, first), *follows))
-            child.act = nn.Identity()
+            child.wi, child.act = PackedLinear(child.wi, *follows), nn.Identity()
         pack(child)
 
 

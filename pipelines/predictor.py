@@ -102,7 +102,8 @@ class Predictor:
                 quantize(stack)
         self.model.to(device)
         if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available() and can_run(precision):
-            pack(self.model)
+            for part in stacks if self._scored else (self.model,):  # of labels, few tokens' logits are wanted
+                pack(part)
 
     def save(self, folder: str | Path) -> None:
         """Write a student's directory, which `open` reads once a bundle has its sums too. Not of one that was
@@ -167,6 +168,11 @@ class Predictor:
         ids = [row.ids for row in made]
         return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    @property
+    def _scored(self) -> bool:
+        """Whether labels are scored, and no text is written."""
+        return self.task.answer.kind in ("choice", "row_choice") and self.arm != "rationale_first"
+
     @cached_property
     def _tree(self) -> LabelTree:
         """Of the task's own labels."""
@@ -190,7 +196,7 @@ class Predictor:
     ) -> Iterator[Prediction]:
         if self.arm == "rationale_first":
             return self._decode_after_rationale(inputs, choices)
-        if self.task.answer.kind in ("choice", "row_choice"):
+        if self._scored:
             labels = [tuple(dict.fromkeys(own or self.task.answer.labels)) for own in choices]
             return self._score(inputs, labels, scores)
         return self._decode(inputs)
