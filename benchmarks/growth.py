@@ -161,20 +161,18 @@ def _nodes(count: int) -> Row:
         start = time.perf_counter()
         workers: list[Node] = []
         for _ in range(count):
-            workers.append(nodes.enter_context(Node(folder, head.address, num_cpus=1, object_store_memory=80 * 2**20)))
-            if len(workers) % 4 == 0:
-                workers[-1].wait()  # two cores; all at once would only wait for each other
-        for worker in workers:
-            worker.wait()
+            node = Node(folder, head.address, num_cpus=1, object_store_memory=80 * 2**20)
+            workers.append(nodes.enter_context(node).wait())  # at once they would take each other's sockets
         joined = time.perf_counter()
         ray.init(address=head.address, log_to_driver=False, logging_level="ERROR")
+        nodes.callback(ray.shutdown)
         actors = [ray.remote(num_cpus=1)(_Here).remote() for _ in range(count)]
         places = ray.get([actor.place.remote() for actor in actors], timeout=500)
         placed = time.perf_counter()
         assert len(set(places)) == count
         for actor in actors:
             ray.kill(actor)
-        nothing = ray.remote(num_cpus=1)(int)
+        nothing = ray.remote(num_cpus=1)(_nothing)
         ray.get([nothing.remote() for _ in range(count)])  # workers are there
         started = time.perf_counter()
         ray.get([nothing.remote() for _ in range(1000)])
@@ -189,8 +187,11 @@ def _nodes(count: int) -> Row:
             "GCS, s of CPU": round(sum(gcs.cpu_times()[:2]), 1),
             "a node, MiB": round(node_mib),
         }
-        ray.shutdown()
         return row
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Here:
@@ -204,7 +205,7 @@ CURVES: dict[str, tuple[Callable[[int], Row], Sequence[int]]] = {
     "rows": (_rows, (20_000, 100_000, 400_000)),
     "files": (_files, (1_000, 10_000, 100_000)),
     "tasks": (_tasks, (1_000, 4_000, 16_000)),
-    "nodes": (_nodes, (4, 8, 16)),
+    "nodes": (_nodes, (4, 8, 16, 32)),
 }
 
 
