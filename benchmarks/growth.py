@@ -179,7 +179,7 @@ def _nodes(count: int) -> Row:
         ended = time.perf_counter()
         gcs = next(p for p in head.process.children(recursive=True) if p.name() == "gcs_server")
         node_mib = sum(p.memory_info().rss for p in workers[0].process.children(recursive=True)) / 2**20
-        row = {
+        return {
             "joining, s": round(joined - start, 1),
             "an actor on each, s": round(placed - joined, 1),
             "1,000 tasks, s": round(ended - started, 2),
@@ -187,7 +187,6 @@ def _nodes(count: int) -> Row:
             "GCS, s of CPU": round(sum(gcs.cpu_times()[:2]), 1),
             "a node, MiB": round(node_mib),
         }
-        return row
 
 
 def _nothing() -> None:
