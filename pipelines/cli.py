@@ -301,7 +301,7 @@ def serve(
         typer.Option(
             "--proxy",
             help="Put Ray Serve's proxy before one replica too, as before several: it holds requests while a replica "
-            "that crashed is replaced, and takes a multiple of the time for each.",
+            "that crashed is replaced, and takes some milliseconds more for each.",
         ),
     ] = False,
     access_log: Annotated[

@@ -84,8 +84,8 @@ def hold(host: str, port: int, direct: bool) -> Iterator[Callable[[Any], None]]:
     drains and stops everything.
 
     With `direct` the one replica itself listens at the port and nothing stands before it; otherwise Serve's proxy
-    does, which can have several replicas behind it, and holds requests while one is replaced. It takes a multiple of
-    the time for a request, and under more load than it can take lets some wait for very long.
+    does, which can have several replicas behind it, holds requests while one is replaced, and takes some milliseconds
+    of a core for each.
 
     Raises:
         UserError: the port is taken.
