@@ -154,7 +154,7 @@ def test_a_node_with_a_worker_of_training_dies(
         assert [row["step"] for row in losses] == list(range(1, 61))
         assert losses == expected, "to the last digit"
     if stage == "search":
-        columns = ["name", "key", "state", "accuracy", "chosen"]
+        columns = ["name", "key", "state", "score", "chosen"]
         trials, expected = (line.search.read_table("trials", columns).to_pylist() for line in (broken, whole))
         assert trials == expected
 
