@@ -26,6 +26,8 @@ from serve.meter import Meter
 from serve.served import Served
 from serve.settings import Settings, Traffic
 
+_REFUSED = 1000  # requests at once that get as far as a replica to be refused there; beyond them, Serve refuses
+
 
 class App:
     """One replica."""
@@ -132,7 +134,7 @@ def build(args: Settings) -> serve.Application:
             "num_gpus": args.gpus,
             "label_selector": args.node_labels or None,
         },
-        max_ongoing_requests=2 * args.limits.requests,  # room to refuse some
+        max_ongoing_requests=args.limits.requests + _REFUSED,
         max_queued_requests=args.limits.requests,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         graceful_shutdown_timeout_s=args.drain_s,

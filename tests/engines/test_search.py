@@ -1,6 +1,7 @@
 """A search on a real Ray Tune: killed and gone on with, one trial that fails, test read by the chosen alone."""
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -20,8 +21,11 @@ SETTINGS = ("student.steps=12", "student.eval_every=3", "student.checkpoint_ever
 
 def workers() -> list[str]:
     """Training workers of this process's own cluster."""
-    family = psutil.Process().children(recursive=True)
-    return [process.name() for process in family if "RayTrainWorker" in process.name()]
+    names = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            names.append(process.name())
+    return [name for name in names if "RayTrainWorker" in name]
 
 
 def test_a_search_is_killed_goes_on_and_chooses_on_validation(place: Any) -> None:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -36,4 +37,9 @@ def wait_until_ready(process: "subprocess.Popen[str]", url: str) -> None:
 
 def replicas(pid: int) -> list[psutil.Process]:
     """Serve's replicas among the descendants of a process."""
-    return [p for p in psutil.Process(pid).children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            if "ServeReplica" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
