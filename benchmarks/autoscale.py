@@ -35,7 +35,6 @@ _CLIENTS = 24
 
 
 def main(
-    samples: Annotated[int, typer.Option(min=2, help="Texts of each of 2,600 rows that the teacher is asked for.")] = 4,
     load_s: Annotated[float, typer.Option(help="Seconds of load, once all replicas are there.")] = 20,
     figure: Annotated[Path, typer.Option(help="Where to draw.")] = FIGURE,
 ) -> None:
@@ -45,7 +44,6 @@ def main(
     with cluster_folder() as folder, autoscaling_cluster(folder) as head:
         say("A rationale run, teacher.replicas=[1, 4]")
         asked = [f"storage={folder}/runs", "teacher.batch_size=32", "teacher.replicas=[1, 4]"]
-        asked += [f"teacher.samples={samples}", "teacher.temperature=0.7"]
         command = [sys.executable, "-m", "pipelines", "rationales", "quickstart"]
         code, teacher = run_and_watch(command + [part for value in asked for part in ("--set", value)], head)
         if code:
