@@ -207,10 +207,18 @@ class Predictor:
         return [self.model.config.decoder_start_token_id, *opening]
 
     def _score(self, inputs: t5.Rows, labels: list[tuple[str, ...]], all_scores: bool) -> Iterator[Prediction]:
-        """The probability of each row's labels, by the choices between them; one encoder pass, one decoder pass.
+        """Each row's likeliest label."""
+        for row, scores in zip(labels, self._label_scores(inputs, labels), strict=True):
+            probabilities = (scores / self._temperature).softmax(dim=0).tolist()
+            confidence, label = max(zip(probabilities, row, strict=True), key=itemgetter(0))
+            shown = dict(zip(row, probabilities, strict=True)) if all_scores else None
+            yield Prediction(label, confidence, label, self._abstains(confidence), shown)
 
-        Where its labels part, the decoder row of an input holds what comes before, for each parting one after another,
-        each seeing itself alone; so the input is attended to once and not once a label.
+    def _label_scores(self, inputs: t5.Rows, labels: list[tuple[str, ...]]) -> Sequence[torch.Tensor]:
+        """The log-probabilities of each row's labels, by the choices that make them; one pass of encoder and decoder.
+
+        The decoder row of an input holds what comes before each parting of its labels, one after another, each seeing
+        itself alone; so the input is attended to once and not once a label.
         """
         device, start = self.model.device, self._start(LABEL_PREFIX)
         trees = self._trees(labels)
@@ -220,25 +228,20 @@ class Predictor:
         visible = t5.apart(previous, lengths)
         if len(set(labels)) == 1:
             visible = visible[:1]  # it is alike in all rows
-        states = t5.encode(self.model, inputs)
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         choices = [some for tree in trees for some in tree.nexts]
         tokens = list(dict.fromkeys(token for some in choices for token in some))
         column = {token: at for at, token in enumerate(tokens)}
         possible = torch.zeros(len(choices), len(tokens), dtype=torch.bool)
         possible[_places((row, column[token]) for row, some in enumerate(choices) for token in some)] = True
-        logits = t5.decode(self.model, previous, visible, states, inputs, ends, tokens=torch.tensor(tokens).to(device))
+        states, wanted = t5.encode(self.model, inputs), torch.tensor(tokens).to(device)
+        logits = t5.decode(self.model, previous, visible, states, inputs, ends, tokens=wanted)
         logs = logits.float().cpu().masked_fill_(~possible, -torch.inf).log_softmax(dim=1)
         first = accumulate((len(tree.prefixes) for tree in trees), initial=0)
         ways = [(at, steps) for tree, at in zip(trees, first, strict=False) for steps in tree.steps]  # one a label
         taken = logs[_places((at + place, column[token]) for at, steps in ways for place, token in steps)]
         label_of = torch.tensor([number for number, (_, steps) in enumerate(ways) for _ in steps])
-        scores = torch.zeros(len(ways)).index_add(0, label_of, taken)
-        for row, row_scores in zip(labels, scores.split([len(row) for row in labels]), strict=True):
-            probabilities = (row_scores / self._temperature).softmax(dim=0).tolist()
-            confidence, label = max(zip(probabilities, row, strict=True), key=itemgetter(0))
-            shown = dict(zip(row, probabilities, strict=True)) if all_scores else None
-            yield Prediction(label, confidence, label, self._abstains(confidence), shown)
+        return torch.zeros(len(ways)).index_add(0, label_of, taken).split([len(row) for row in labels])
 
     def _trees(self, labels: list[tuple[str, ...]]) -> list[LabelTree]:
         """Each row's labels as a tree; that of the task's own is kept."""

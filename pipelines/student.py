@@ -207,7 +207,7 @@ class Collator:
             t5.Rows(inputs, device),
             previous,
             t5.apart(previous, lengths) if apart else t5.causal(previous.real.shape[1], device),
-            after_openings(openings, lengths).to(device) if any(openings) else None,
+            _after_openings(openings, lengths).to(device) if any(openings) else None,
             torch.tensor([i for text in written for i in text.target], device=device),
             torch.tensor([text.task for text in written for _ in text.target], device=device),
             torch.tensor([text.weight for text in written for _ in text.target], device=device),
@@ -255,7 +255,7 @@ def _cut(ids: list[int], limit: int) -> list[int]:
     return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
-def after_openings(openings: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+def _after_openings(openings: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
     """The places that a target follows, of texts that lie end to end: all but those of the openings."""
     places: list[int] = []
     at = 0

@@ -29,7 +29,7 @@ from serve.settings import Limits
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
 _GUARDED = "/v1/"
-_COUNTED = "/v1/predict"
+_PREDICT = "/v1/predict"
 _FULL = 503
 RETRY_AFTER_S = 1
 _LONGEST_ID = 128
@@ -127,7 +127,7 @@ def make_api(students: Students, limits: Limits, keys: Keys | None, meter: Meter
     }
     guarded = [Security(HTTPBearer(auto_error=False))] if keys is not None else []
 
-    @api.post("/v1/predict", response_model=PredictResponse, responses=errors, dependencies=guarded)
+    @api.post(_PREDICT, response_model=PredictResponse, responses=errors, dependencies=guarded)
     async def predict(body: PredictRequest, request: Request) -> Response:
         """Label one input or many."""
         start = time.perf_counter()
@@ -281,7 +281,7 @@ class _Gate:
         self, app: ASGIApp, limits: Limits, keys: Keys | None, meter: Meter, log: logging.Logger | None
     ) -> None:
         self.app, self.limits, self.keys, self.meter, self.log = app, limits, keys, meter, log
-        self.held = 0  # requests that are not answered yet
+        self.held = 0  # requests for predictions that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -307,8 +307,8 @@ class _Gate:
                 status = message["status"]
             await send(message)
 
-        counted_in = scope["path"] == _COUNTED
-        self.held += counted_in
+        takes_room = scope["path"] == _PREDICT
+        self.held += takes_room
         try:
             refused = self._refuse(scope, headers, facts)
             await (refused or self.app)(scope, counted, noted)
@@ -318,7 +318,7 @@ class _Gate:
                 failed = {"error": "it failed, and that is a fault of the server", "request_id": request_id}
                 await JSONResponse(failed, 500)(scope, receive, noted)
         finally:
-            self.held -= counted_in
+            self.held -= takes_room
             path = self._path(scope)
             self.meter.request(path, status)
             if 400 <= status < 500 or status == _FULL:
@@ -345,7 +345,7 @@ class _Gate:
                 sentence = "a valid API key is wanted: Authorization: Bearer KEY"
                 return _error(scope, 401, sentence, {"WWW-Authenticate": "Bearer"})
             facts["key"] = known
-        if scope["path"] == _COUNTED and self.held > self.limits.requests:
+        if scope["path"] == _PREDICT and self.held > self.limits.requests:
             sentence = f"{self.limits.requests:,} requests are under way, and no more wait; try again"
             return _error(scope, _FULL, sentence, {"Retry-After": str(RETRY_AFTER_S)})
         length = headers.get(b"content-length", b"0")
