@@ -241,7 +241,9 @@ class Predictor:
         ways = [(at, steps) for tree, at in zip(trees, first, strict=False) for steps in tree.steps]  # one a label
         taken = logs[_places((at + place, column[token]) for at, steps in ways for place, token in steps)]
         label_of = torch.tensor([number for number, (_, steps) in enumerate(ways) for _ in steps])
-        return torch.zeros(len(ways)).index_add(0, label_of, taken).split([len(row) for row in labels])
+        scores = torch.zeros(len(ways)).index_add(0, label_of, taken)
+        by_row: tuple[torch.Tensor, ...] = scores.split([len(row) for row in labels])
+        return by_row
 
     def _trees(self, labels: list[tuple[str, ...]]) -> list[LabelTree]:
         """Each row's labels as a tree; that of the task's own is kept."""
