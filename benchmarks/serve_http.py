@@ -6,7 +6,6 @@ As a script it is one server: `serve_http.py KIND FOLDER PORT THREADS`.
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import aiohttp  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.serve_models import CLOSED, LABELS  # noqa: E402
+from cluster.local import free_port  # noqa: E402
 from pipelines.bundle import Bundle  # noqa: E402
 from pipelines.predictor import Prediction, Predictor  # noqa: E402
 
@@ -96,9 +96,7 @@ def servers(kinds: Sequence[str], folder: Path, threads: int) -> Iterator[dict[s
     try:
         urls = {}
         for kind in kinds:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = free_port()
             command = [sys.executable, __file__, kind, str(folder), str(port), str(threads)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             started[kind] = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)

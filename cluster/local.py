@@ -6,7 +6,9 @@ tells when how many nodes and replicas were there, until the cluster has shrunk 
     python -m cluster.local distill rationales quickstart --set 'teacher.replicas=[1, 4]'
 """
 
+import errno
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -27,6 +29,7 @@ from pipelines.console import say, show_table
 
 CONFIG = Path(__file__).with_name("local.yaml")
 _START_S = 120
+_PORTS = range(20_000, 32_000)  # below those that systems give connections
 _SHRINK_S = 300  # at most: what Ray Data asked for last may count for three minutes after it has ended
 
 
@@ -111,10 +114,16 @@ class Node:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now, and that no connection is given before it is used.
+
+    Raises:
+        OSError: there is none.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, f"no port of {_PORTS} is free")
 
 
 @contextmanager

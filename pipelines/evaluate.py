@@ -20,7 +20,7 @@ from pipelines.console import say
 from pipelines.errors import UserError
 from pipelines.lineage import MODEL, Lineage
 from pipelines.metrics import calibrate, classify, cover
-from pipelines.ray_session import ray_session
+from pipelines.ray_session import ray_session, tables
 from pipelines.recipe import Run
 from pipelines.schema import PREDICTIONS
 from pipelines.tasks import Task
@@ -112,7 +112,7 @@ def _predictions(line: Lineage, dataset: Artifact, students: dict[str, Artifact]
         num_cpus=settings.cpus,
         num_gpus=settings.gpus,
     )
-    yield from scored.iter_batches(batch_format="pyarrow", batch_size=None)
+    yield from tables(scored)
 
 
 @dataclass

@@ -3,16 +3,24 @@
 import logging
 import os
 import sys
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.artifact import open_path
 from pipelines.console import console
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+_JOIN_S = 30
 
 
 @contextmanager
@@ -54,7 +62,23 @@ def ray_session(storage: str | None = None) -> Iterator[None]:
             _check_shared(storage)
         yield
     finally:
+        for thread in threading.enumerate():
+            if thread.name.startswith("StreamingExecutor"):  # Ray Data's; see `tables`
+                thread.join(_JOIN_S)
         ray.shutdown()
+
+
+def tables(dataset: "Dataset") -> Generator[pa.Table, None, None]:
+    """The blocks of a dataset, as they come, until this iterator is closed.
+
+    The iterators of Ray Data go on in threads of their own when they are closed, and a thread that asks for
+    something when Ray is shut down ends the process, whatever its exit code was to be.
+    """
+    import ray
+
+    for bundle in dataset.iter_internal_ref_bundles():
+        for block in bundle.blocks:
+            yield ray.get(block.ref)
 
 
 def _check_shared(storage: str) -> None:

@@ -20,7 +20,7 @@ from pipelines.lineage import Lineage
 from pipelines.meter import Meter, Metrics
 from pipelines.pending import CALLS, Asking, Keys, keys_on_disk, pending, tasks
 from pipelines.prompts import stop_strings
-from pipelines.ray_session import ray_session
+from pipelines.ray_session import ray_session, tables
 from pipelines.recipe import Curate, Teacher
 from pipelines.replica import Replica
 from pipelines.tasks import Task
@@ -94,7 +94,8 @@ def _stream(line: Lineage, asking: Asking, done: Keys, limit: int) -> Iterator[R
         num_cpus=teacher.cpus if not teacher.endpoint else 1,
         num_gpus=teacher.gpus,
     )
-    yield from reports.iter_rows()
+    for table in tables(reports):
+        yield from table.to_pylist()
 
 
 class Asker:

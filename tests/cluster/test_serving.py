@@ -30,6 +30,7 @@ pytestmark = pytest.mark.ray
 
 TEXTS = ["The lamp stopped working.", "I changed my mind. " * 10, "It came broken, and I have the receipt."]
 CLIENTS = 4
+AT_MOST = 2 * CLIENTS  # fail: what is under way at a proxy, then what the others still send the dead replica
 ASKED, BATCH = 120, 8
 
 
@@ -50,6 +51,11 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
+
+    def wait_for_answers(self, count: int) -> None:
+        """So many more right ones."""
+        right = self.outcomes["right"]
+        wait_for(lambda: self.outcomes["right"] >= right + count, failing=lambda: f"{self.outcomes}, {self.failures}")
 
     async def _ask_together(self) -> None:
         await asyncio.gather(*(self._client() for _ in range(CLIENTS)))
@@ -117,7 +123,14 @@ class Endpoint:
         config = {"proxy_location": "EveryNode", "http_options": {"host": "127.0.0.1", "port": self.http}}
         file.write_text(yaml.safe_dump({**config, "applications": [application]}))
         command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file), "--address", self.head.dashboard]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        tries: list[str] = []
+
+        def deployed() -> bool:
+            made = subprocess.run(command, check=False, capture_output=True, timeout=300, text=True)
+            tries.append(made.stdout + made.stderr)
+            return made.returncode == 0
+
+        wait_for(deployed, failing=lambda: tries[-1])  # on a busy machine, Serve's proxies may start too late for it
 
     def submit(self, *overrides: str) -> str:
         """`distill submit rationales quickstart --detach`; what it says."""
@@ -150,11 +163,11 @@ class Endpoint:
         return {node["node_id"] for node in nodes if node["state"] == "ALIVE" and not node["is_head_node"]}
 
 
-def wait_for(reached: Callable[[], object], seconds: float = 150) -> float:
+def wait_for(reached: Callable[[], object], seconds: float = 240, failing: Callable[[], object] = str) -> float:
     """How long it took."""
     start = time.time()
     while not reached():
-        assert time.time() < start + seconds
+        assert time.time() < start + seconds, failing()
         time.sleep(0.2)
     return time.time() - start
 
@@ -186,6 +199,7 @@ def holds(node: Node, name: str) -> bool:
     return any(name in " ".join(process.cmdline()) for process in node.process.children(recursive=True))
 
 
+@pytest.mark.timeout(1200)
 def test_an_endpoint_outlives_a_node_and_the_head(
     endpoint: Endpoint, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +211,7 @@ def test_an_endpoint_outlives_a_node_and_the_head(
     assert not holds(endpoint.head, "ServeReplica")
 
     with Load(endpoint.url, expected) as load:
-        wait_for(lambda: load.outcomes["right"] > 50)
+        load.wait_for_answers(50)
         killed, victims = time.time(), set(endpoint.replicas())
         workers.pop(0).kill()
         workers.append(endpoint.add_node())
@@ -205,7 +219,7 @@ def test_an_endpoint_outlives_a_node_and_the_head(
         recovered = time.time() - killed
     show("a node with a replica", load, killed, recovered)
     assert not load.outcomes["wrong"]
-    assert len(load.failures) <= CLIENTS, load.failures
+    assert len(load.failures) <= AT_MOST, load.failures
 
     monkeypatch.chdir(tmp_path)  # which is uploaded with the job
     overrides = [f"storage={storage}", f"source.limit={ASKED // 3}", f"teacher.batch_size={BATCH}", "teacher.cpus=0.5"]
@@ -215,17 +229,17 @@ def test_an_endpoint_outlives_a_node_and_the_head(
     wait_for(lambda: len(keys_on_disk(generations)) >= ASKED // 4)
     before, replicas = endpoint.alive(), endpoint.replicas()
     with Load(endpoint.url, expected) as load:
-        wait_for(lambda: load.outcomes["right"] > 20)
+        load.wait_for_answers(20)
         killed = time.time()
         endpoint.head.kill()
-        told, right = len(keys_on_disk(generations)), load.outcomes["right"]
-        wait_for(lambda: load.outcomes["right"] > right + 20)  # while there is no head
+        told = len(keys_on_disk(generations))
+        load.wait_for_answers(20)  # while there is no head
         endpoint.head = endpoint.start_head()
         wait_for(lambda: endpoint.alive() == before and endpoint.replicas() == replicas)
         recovered = time.time() - killed
     show("the head", load, killed, recovered)
     assert not load.outcomes["wrong"]
-    assert len(load.failures) <= CLIENTS, load.failures
+    assert len(load.failures) <= AT_MOST, load.failures
 
     assert len(keys_on_disk(generations)) >= told, "what the job had written stays"
     wait_for(lambda: "-2:" in endpoint.submit(*overrides))  # the first is known to be dead, once its node is

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from cluster.local import free_port
 from pipelines.engines import Request
 from pipelines.engines.endpoint import EndpointEngine
 from pipelines.errors import UserError
@@ -52,9 +52,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = {
         "--model": PACKAGE / "quickstart/teacher",
         "--served-model-name": MODEL,

@@ -1,7 +1,6 @@
 """`distill serve` as a process of its own, for tests."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,12 +8,6 @@ from contextlib import suppress
 
 import httpx
 import psutil
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def distill_serve(*arguments: str, output: int = subprocess.PIPE) -> subprocess.Popen[str]:

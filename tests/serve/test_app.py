@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.local import free_port
 from pipelines.predictor import Predictor
 from pipelines.ray_session import ray_session
 from serve.settings import Limits, Settings, Traffic
-from tests.serve.server import distill_serve, free_port, replicas, wait_until_ready
+from tests.serve.server import distill_serve, replicas, wait_until_ready
 
 pytestmark = pytest.mark.ray
 

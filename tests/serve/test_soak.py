@@ -16,8 +16,9 @@ import aiohttp
 import psutil
 import pytest
 
+from cluster.local import free_port
 from serve.settings import Limits
-from tests.serve.server import distill_serve, free_port, replicas, wait_until_ready
+from tests.serve.server import distill_serve, replicas, wait_until_ready
 
 pytestmark = pytest.mark.ray
 
