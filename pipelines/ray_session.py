@@ -6,7 +6,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,7 @@ def tables(dataset: "Dataset") -> Generator[pa.Table, None, None]:
 def _check_shared(storage: str) -> None:
     """A local folder must be the same one on every node: a file that is written here is looked for there."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     fs, folder = open_path(storage)
@@ -94,20 +95,22 @@ def _check_shared(storage: str) -> None:
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
     look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
-    try:
-        seen = ray.get(
-            [
-                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    str(marker.absolute())
-                )
-                for node in nodes
-            ]
+    asked = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            str(marker.absolute())
         )
+        for node in nodes
+    ]
+    seen: dict[str, bool] = {}
+    try:
+        for node, answer in zip(nodes, asked, strict=True):
+            with suppress(RayError):  # it is dead, which takes Ray a while to find out
+                seen[node["NodeID"]] = ray.get(answer)
     finally:
         marker.unlink()
-    blind = [node["NodeManagerAddress"] for node, there in zip(nodes, seen, strict=True) if not there]
+    blind = [node["NodeManagerAddress"] for node in nodes if not seen.get(node["NodeID"], True)]
     if blind:
         raise UserError(
-            f"storage {storage}: {len(blind)} of {len(nodes)} nodes do not share this folder ({blind[0]}, for one); "
+            f"storage {storage}: {len(blind)} of {len(seen)} nodes do not share this folder ({blind[0]}, for one); "
             "give a URI such as s3://bucket/prefix, or a folder that all share"
         )

@@ -217,8 +217,9 @@ def add_blind_node(tmp_path: Path, add_node: Callable[..., Node]) -> Callable[[]
 def test_a_folder_that_a_node_does_not_share_is_refused(
     tmp_path: Path, add_node: Callable[[], Node], add_blind_node: Callable[[], Node], run: Callable[..., Running]
 ) -> None:
-    add_node()
     add_blind_node()
+    add_node()
+    add_node().kill()  # and Ray takes a while to find out
     refused = run("rationales", "quickstart", f"storage={tmp_path}/storage", "source.limit=4")
     assert refused.process.wait(timeout=120) == 2, refused.log.read_text()
     assert f"storage {tmp_path}/storage: 1 of 3 nodes do not share this folder" in refused.log.read_text()

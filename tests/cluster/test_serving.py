@@ -142,14 +142,13 @@ class Endpoint:
         )
         return made.stdout + made.stderr
 
-    def get(self, path: str) -> dict[str, Any]:
+    def get(self, path: str) -> Any:
         """What the dashboard says; nothing as long as it is away."""
         headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
         try:
-            made: dict[str, Any] = httpx.get(f"{self.head.dashboard}{path}", headers=headers, timeout=20).json()
+            return httpx.get(f"{self.head.dashboard}{path}", headers=headers, timeout=20).json()
         except (httpx.HTTPError, ValueError):
-            made = {}
-        return made
+            return {}
 
     def replicas(self) -> list[str]:
         """The nodes of the replicas that run."""
@@ -226,7 +225,7 @@ def test_an_endpoint_outlives_a_node_and_the_head(
     overrides.append("teacher.replicas=[1, 1]")
     generations = Lineage(load_recipe("quickstart", overrides)).generations
     endpoint.submit(*overrides)
-    wait_for(lambda: len(keys_on_disk(generations)) >= ASKED // 4)
+    wait_for(lambda: len(keys_on_disk(generations)) >= ASKED // 4, failing=lambda: endpoint.get("/api/jobs/"))
     before, replicas = endpoint.alive(), endpoint.replicas()
     with Load(endpoint.url, expected) as load:
         load.wait_for_answers(20)
@@ -243,7 +242,7 @@ def test_an_endpoint_outlives_a_node_and_the_head(
 
     assert len(keys_on_disk(generations)) >= told, "what the job had written stays"
     wait_for(lambda: "-2:" in endpoint.submit(*overrides))  # the first is known to be dead, once its node is
-    waited = wait_for(lambda: len(keys_on_disk(generations)) == ASKED)
+    waited = wait_for(lambda: len(keys_on_disk(generations)) == ASKED, failing=lambda: endpoint.get("/api/jobs/"))
     print(f"the job died with its head at {told} of {ASKED} texts; submitted again, it had all after {waited:.0f} s")
 
 
