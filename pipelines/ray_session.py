@@ -1,4 +1,4 @@
-"""Ray for the length of one command: a cluster that is there, or one of this command's own."""
+"""Ray for the length of one command: a cluster that is there, or one of its own, and datasets read within it."""
 
 import logging
 import os

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.ray
 
 TEXTS = ["The lamp stopped working.", "I changed my mind. " * 10, "It came broken, and I have the receipt."]
 CLIENTS = 4
-AT_MOST = 2 * CLIENTS  # fail: what is under way at a proxy, then what the others still send the dead replica
 ASKED, BATCH = 120, 8
 
 
@@ -218,7 +217,8 @@ def test_an_endpoint_outlives_a_node_and_the_head(
         recovered = time.time() - killed
     show("a node with a replica", load, killed, recovered)
     assert not load.outcomes["wrong"]
-    assert len(load.failures) <= AT_MOST, load.failures
+    # what is under way at its proxy, then what the others still send its replica
+    assert len(load.failures) <= 2 * CLIENTS, load.failures
 
     monkeypatch.chdir(tmp_path)  # which is uploaded with the job
     overrides = [f"storage={storage}", f"source.limit={ASKED // 3}", f"teacher.batch_size={BATCH}", "teacher.cpus=0.5"]
@@ -238,7 +238,7 @@ def test_an_endpoint_outlives_a_node_and_the_head(
         recovered = time.time() - killed
     show("the head", load, killed, recovered)
     assert not load.outcomes["wrong"]
-    assert len(load.failures) <= AT_MOST, load.failures
+    assert len(load.failures) <= CLIENTS, load.failures
 
     assert len(keys_on_disk(generations)) >= told, "what the job had written stays"
     wait_for(lambda: "-2:" in endpoint.submit(*overrides))  # the first is known to be dead, once its node is
