@@ -125,6 +125,7 @@ def test_a_cluster_is_behind_a_token_and_its_head_does_no_work() -> None:
             for container in pod["containers"]:
                 assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
                 assert not {"env"} & container.keys(), "secrets are given by reference"
+    assert load("rayservice.yaml")["spec"]["excludeHeadPodFromServeSvc"], "replicas would hang with a head that dies"
 
 
 def test_what_is_mounted_is_there() -> None:
