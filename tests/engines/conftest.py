@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import yaml
 from pipelines.lineage import Lineage
 from pipelines.ray_session import ray_session
 from pipelines.recipe import load_recipe
+from tests.engines.processes import is_agent
 
 LABELS = ("bad", "good")
 DAYS = [{"day": f"Day {n} was {('grim', 'fine')[n % 2]}.", "label": LABELS[n % 2]} for n in range(32)]
@@ -63,12 +65,15 @@ class Place:
             )
 
     def end(self, process: subprocess.Popen[bytes], family: list[psutil.Process]) -> list[str]:
-        """When a process is over: the names of those of its family that outlive it by half a minute, which end now."""
+        """When a process is over: the names of those of its family that outlive it by half a minute, which end now;
+        of Ray's agents it is known that they do."""
         process.wait(timeout=240)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        agents = [member for member in family if is_agent(member)]
+        _, alive = psutil.wait_procs([member for member in family if member not in agents], timeout=30)
         names = [orphan.name() for orphan in alive]
-        for orphan in alive:
-            orphan.kill()
+        for orphan in [*alive, *agents]:
+            with suppress(psutil.NoSuchProcess):
+                orphan.kill()
         return names
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipelines.preview import preview
 from pipelines.rationales import build_rationales, retry_rejected
 from pipelines.recipe import load_recipe
 from pipelines.schema import GENERATIONS
+from tests.engines.processes import is_agent
 
 pytestmark = pytest.mark.ray
 
@@ -90,11 +92,13 @@ class Run:
         self.process.kill()
         self.process.wait()
         deadline = time.time() + 30
-        while (orphans := [p for p in self.family if _lives(p)]) and time.time() < deadline:
+        agents = [p for p in self.family if is_agent(p)]
+        while (orphans := [p for p in self.family if p not in agents and _lives(p)]) and time.time() < deadline:
             time.sleep(0.2)
         engines = [orphan for orphan in orphans if _ENGINE in " ".join(_command(orphan))]
-        for orphan in orphans:
-            orphan.kill()
+        for orphan in [*orphans, *agents]:
+            with suppress(psutil.NoSuchProcess):
+                orphan.kill()
         assert not engines
 
 

@@ -40,7 +40,7 @@ def test_a_search_is_killed_goes_on_and_chooses_on_validation(place: Any) -> Non
         time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    outlived = place.end(process, family)  # agents of Ray's own may, for a while
+    outlived = place.end(process, family)
     assert not any("Train" in name or "trial" in name or "raylet" in name for name in outlived), outlived
     before = {run: line.student(run).manifest()["finished"] for run in points if line.student(run).done()}
     assert before
