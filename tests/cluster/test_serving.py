@@ -12,11 +12,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -210,10 +211,10 @@ def endpoint(make_bundle: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
 
 def is_peer(node: Node, port: int) -> bool:
     """Whether a process of that node is at the other end of the connection from that port."""
-    if not node.process.is_running():
-        return False
-    proxies = [process for process in node.process.children(recursive=True) if "ProxyActor" in process.cmdline()[0]]
-    return any(at.raddr and at.raddr.port == port for proxy in proxies for at in proxy.net_connections("tcp"))
+    pids = [at.pid for at in psutil.net_connections("tcp") if at.raddr and at.raddr.port == port]
+    with suppress(psutil.NoSuchProcess):
+        return any(node.process.pid == parent.pid for pid in pids for parent in psutil.Process(pid).parents())
+    return False  # it has just died
 
 
 def holds(node: Node, name: str) -> bool:
