@@ -419,7 +419,7 @@ def _follow(client: "JobSubmissionClient", job: str, json_: bool) -> NoReturn:
 
 
 def main() -> None:
-    """The console script: exit 0 done, 2 the user's mistake in one sentence, 1 anything else."""
+    """The command of `sys.argv`: exit 0 done, 2 the user's mistake in one sentence, 1 anything else."""
     try:
         app()
     except UserError as error:
